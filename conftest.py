@@ -1,0 +1,1 @@
+"""What every test, and every example in a docstring, runs under."""

@@ -1,0 +1,51 @@
+"""Callbacks for PyTorch Lightning that show what a vision model is learning while it trains."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_interp import explain as explain
+    from lightning_interp.callbacks import (
+        CAMMonitor,
+        FilterMonitor,
+        NormMonitor,
+        SaliencyMonitor,
+        WeightHistogramMonitor,
+        default_monitors,
+    )
+    from lightning_interp.errors import ConfigurationError
+    from lightning_interp.probe import Probe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CAMMonitor",
+    "ConfigurationError",
+    "FilterMonitor",
+    "NormMonitor",
+    "Probe",
+    "SaliencyMonitor",
+    "WeightHistogramMonitor",
+    "default_monitors",
+    "explain",
+]
+
+# Resolved when first asked for: explaining in a notebook loads no Lightning, and importing the package costs nothing.
+_HOMES = {
+    "ConfigurationError": "lightning_interp.errors",
+    "Probe": "lightning_interp.probe",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "explain":
+        return importlib.import_module("lightning_interp.explain")
+    return getattr(importlib.import_module(_HOMES.get(name, "lightning_interp.callbacks")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

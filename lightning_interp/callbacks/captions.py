@@ -1,0 +1,65 @@
+"""What stands under a tile: predicted against true, and how sure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_interp.probe import Probe
+from lightning_interp.render import Caption
+
+__all__ = ["captions", "probabilities"]
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Class probabilities of what a model gave.
+
+    Args:
+        logits: (N, K) logits; one logit is the evidence for class 1; probabilities are recognised and kept.
+
+    Returns:
+        (N, max(K, 2)), each row summing to 1.
+
+    Example:
+        >>> import torch
+        >>> probabilities(torch.tensor([[0.0]]))
+        tensor([[0.5000, 0.5000]])
+    """
+    if logits.shape[1] == 1:
+        positive = logits.sigmoid()
+        return torch.cat([1 - positive, positive], dim=1)
+    already = bool((logits >= 0).all()) and torch.allclose(logits.sum(1), torch.ones(len(logits)), atol=1e-4)
+    return logits if already else logits.softmax(1)
+
+
+def captions(seen: Mapping[str, Tensor], probe: Probe) -> list[Caption]:
+    """A caption for each image of a probe.
+
+    Args:
+        seen: ``logits`` (N, K) and ``explained`` (N,), the classes that the maps explain, on the CPU.
+        probe: The images, with their targets and class names where known.
+
+    Returns:
+        N captions: predicted class and probability; the true class where it differs; the class that the map explains
+        where it is not the predicted one.
+    """
+    logits, explained = seen["logits"], seen["explained"]
+    if logits.ndim != 2:
+        return [Caption(("",), None) for _ in range(len(probe))]
+    found = probabilities(logits)
+    made = []
+    for index, row in enumerate(found):
+        predicted = int(row.argmax())
+        sure = f"{100 * float(row[predicted]):.0f} %" if bool(row.isfinite().all()) else "not finite"
+        lines = [f"{probe.class_name(predicted)} {sure}"]
+        correct = None
+        if probe.targets is not None:
+            label = int(probe.targets[index])
+            correct = predicted == label
+            lines.append("" if correct else f"true: {probe.class_name(label)}")
+        if int(explained[index]) != predicted:
+            lines.append(f"map of: {probe.class_name(int(explained[index]))}")
+        made.append(Caption(tuple(line for line in lines if line), correct))
+    return made

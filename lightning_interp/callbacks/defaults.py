@@ -1,0 +1,43 @@
+"""All five monitors at once."""
+
+from __future__ import annotations
+
+from typing_extensions import Unpack
+
+from lightning_interp.callbacks.base import Monitor, MonitorOptions, ProbeMonitorOptions
+from lightning_interp.callbacks.cam import CAMMonitor
+from lightning_interp.callbacks.filters import FilterMonitor
+from lightning_interp.callbacks.norms import NormMonitor
+from lightning_interp.callbacks.saliency import SaliencyMonitor
+from lightning_interp.callbacks.weights import WeightHistogramMonitor
+
+__all__ = ["default_monitors"]
+
+
+def default_monitors(**options: Unpack[ProbeMonitorOptions]) -> list[Monitor]:
+    """Grad-CAM, saliency, first filters, weight histograms and norms, looking at one probe together.
+
+    Args:
+        **options: What every monitor takes (``every_n_epochs``, ``at_epochs``, ``every_n_train_steps``, ``at_start``,
+            ``name``, ``on_error``), and what those that look at images take (``probe``, ``predict``, ``unpack``).
+
+    Returns:
+        Five callbacks for ``Trainer(callbacks=...)``.
+
+    Raises:
+        ConfigurationError: If an option is out of range.
+        TypeError: If there is no such option.
+
+    Example:
+        >>> from lightning_interp import default_monitors
+        >>> default_monitors(every_n_epochs=2, probe=16)
+        [CAMMonitor, SaliencyMonitor, FilterMonitor, WeightHistogramMonitor, NormMonitor]
+    """
+    common: MonitorOptions = {name: options[name] for name in MonitorOptions.__annotations__ if name in options}  # type: ignore[literal-required, assignment]
+    return [
+        CAMMonitor(**options),
+        SaliencyMonitor(**options),
+        FilterMonitor(**common),
+        WeightHistogramMonitor(**common),
+        NormMonitor(**common),
+    ]

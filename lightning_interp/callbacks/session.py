@@ -1,0 +1,390 @@
+"""What the monitors of one Trainer share during one run: probes, looks, sinks and failures."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+from weakref import WeakKeyDictionary
+
+import torch
+
+from lightning_interp._lightning import LightningModule, Trainer
+from lightning_interp.callbacks import reading
+from lightning_interp.distributed import Ranks
+from lightning_interp.errors import ConfigurationError
+from lightning_interp.guard import undisturbed
+from lightning_interp.probe import Probe
+from lightning_interp.records import Record, ScalarLayout
+from lightning_interp.sinks import Sink
+from lightning_interp.trace import Predict, Site, Trace
+
+if TYPE_CHECKING:
+    from lightning_interp.callbacks.base import Monitor, ProbeMonitor
+
+__all__ = ["Session"]
+
+_CHUNK = 32  # images of a probe that are explained at once
+_DEFAULT_COUNT = 8
+_sessions: WeakKeyDictionary[Trainer, Session] = WeakKeyDictionary()
+
+
+class Session:
+    """One run of one Trainer. Nothing of it hangs on the LightningModule or on a monitor.
+
+    Every method is called at the same moment on every rank, and none communicates unless a monitor is due.
+    """
+
+    def __init__(self, trainer: Trainer, monitors: Sequence[Monitor]) -> None:
+        self.trainer = trainer
+        self.monitors = list(monitors)
+        self.ranks = Ranks.of(trainer)
+        self.sinks: list[Sink] = reading.sinks(trainer) if self.ranks.writes else []
+        self._probes: dict[object, Probe | None] = {}
+        self._forwards: dict[Predict | None, Predict] = {}
+        self._resting: set[Monitor] = set()
+        self._failed: dict[Monitor, Exception] = {}  # here, and not yet told to the other ranks
+        self._capturing: set[Monitor] = set()
+        self._steps = 0
+        self._awaits_start = False
+        self._under_way = False
+
+    @classmethod
+    def begin(cls, trainer: Trainer, monitors: Sequence[Monitor]) -> None:
+        """Begin a run; the first monitor leads."""
+        _sessions[trainer] = cls(trainer, monitors)
+
+    @classmethod
+    def led_by(cls, monitor: Monitor, trainer: Trainer) -> Session | None:
+        """The running session, if this monitor leads it."""
+        session = _sessions.get(trainer)
+        return session if session is not None and session.monitors[0] is monitor else None
+
+    def end(self) -> None:
+        """Bring everything to the loggers and end the run."""
+        _sessions.pop(self.trainer, None)
+        for monitor in list(self._failed):
+            self._rest(monitor, self._failed.pop(monitor))
+        for sink in self.sinks:
+            sink.close()
+
+    # ---- What the Trainer's hooks ask for.
+
+    def check(self, module: LightningModule) -> None:
+        """Refuse what cannot work with this module."""
+        tags: set[str] = set()
+        for monitor in self.monitors:
+            monitor.check(module)
+            if uses_probe(monitor):
+                tag = monitor.tag(monitor.method_name)
+                if tag in tags:
+                    raise ConfigurationError(f"two monitors would write {tag!r}; give one of them a name=...")
+                tags.add(tag)
+
+    def start(self, module: LightningModule) -> None:
+        """Before the first batch: find the probes, and look at the untrained model."""
+        self._steps = self.trainer.global_step
+        self._awaits_start = True
+        self._find_probes(module)
+        self._start_if_ready(module)
+
+    def pass_by(self, module: LightningModule, batch: Any) -> None:
+        """Take the probes that nothing else gives from a batch that is on its way into the model."""
+        for monitor in filter(uses_probe, self.monitors):
+            key = _probe_key(monitor)
+            if key in self._probes and self._probes[key] is None:
+                build = functools.partial(Probe.from_batch, batch, n=_count(monitor), unpack=monitor.unpack)
+                self._probes[key] = self._agreed(build)
+        if self._awaits_start and self.trainer.training:
+            self._start_if_ready(module)
+
+    def before_optimizer_step(self, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        """Let monitors look at whole gradients, if they will be due after this step."""
+        steps, epoch = self.trainer.global_step + 1, self.trainer.current_epoch
+        last = reading.is_last_step(self.trainer, module)
+        listening = [
+            monitor
+            for monitor in self._awake(self.monitors)
+            if monitor.schedule.due_after_steps(self._steps, steps)
+            or (last and monitor.schedule.due_after_epoch(epoch))
+        ]
+        if not listening or not self.ranks.writes:
+            return
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        parameters = {name: each for name, each in module.named_parameters() if id(each) in stepped}
+        for monitor in listening:
+            with self._catching(monitor), torch.no_grad():
+                monitor.before_optimizer_step(parameters)
+                self._capturing.add(monitor)
+
+    def after_batch(self, module: LightningModule) -> None:
+        """Look, where a number of optimiser steps is reached."""
+        for monitor in self._capturing:
+            with self._catching(monitor), torch.no_grad():
+                monitor.after_optimizer_step()
+        self._capturing.clear()
+        previous, self._steps = self._steps, self.trainer.global_step
+        due = [monitor for monitor in self.monitors if monitor.schedule.due_after_steps(previous, self._steps)]
+        self._look(module, due, reading.logged_step(self.trainer))
+
+    def after_epoch(self, module: LightningModule) -> None:
+        """Look, where the epoch is due."""
+        due = [each for each in self.monitors if each.schedule.due_after_epoch(self.trainer.current_epoch)]
+        # In this hook Lightning's own counter is one ahead of the step at which it logs the epoch's metrics.
+        self._look(module, due, max(reading.logged_step(self.trainer) - 1, 0))
+
+    def before_evaluation(self, module: LightningModule) -> None:
+        """At the start of ``trainer.validate`` and ``trainer.test``: refuse what cannot work, find the probes."""
+        self.check(module)
+        self._find_probes(module)
+
+    def after_evaluation(self, module: LightningModule, stage: Literal["validate", "test"]) -> None:
+        """Look once; what is seen on the test set is kept apart from what is seen in training."""
+        self._under_way = True
+        suffix = "-test" if stage == "test" else ""
+        self._look(module, self.monitors, reading.logged_step(self.trainer), suffix=suffix)
+
+    # ---- Probes.
+
+    def _find_probes(self, module: LightningModule) -> None:
+        """Find every monitor's probe; None stands for one that must come from a batch."""
+        loader = reading.probe_loader(self.trainer)
+        for monitor in filter(uses_probe, self.monitors):
+            key, asked = _probe_key(monitor), monitor.probe
+            if isinstance(asked, Probe):
+                self._probes[key] = asked
+            if self._probes.get(key) is not None:
+                continue
+            dataset: Any = getattr(loader, "dataset", None) if isinstance(asked, int) else asked
+            collated = getattr(loader, "batch_sampler", None) is not None or not isinstance(asked, int)
+            self._probes[key] = None
+            if reading.looks_indexable(dataset) and collated:
+                build = functools.partial(
+                    Probe.from_dataset,
+                    dataset,
+                    n=_count(monitor),
+                    unpack=monitor.unpack,
+                    collate_fn=getattr(loader, "collate_fn", None),
+                    transfer=functools.partial(reading.transfer, self.trainer, module),
+                )
+                with undisturbed(module), torch.no_grad():
+                    self._probes[key] = self._agreed(build)
+
+    def _agreed(self, build: Callable[[], Probe]) -> Probe:
+        """The probe that the writing rank builds, on every rank; or its error, on every rank."""
+        found: Probe | Exception | None = None
+        if self.ranks.writes:
+            try:
+                with torch.inference_mode(False):
+                    found = build()
+            except Exception as error:
+                found = error
+        found = self.ranks.from_writer(found)
+        if not isinstance(found, Probe):
+            raise found or RuntimeError("the writing rank sent no probe")
+        return found
+
+    # ---- Looks.
+
+    def _start_if_ready(self, module: LightningModule) -> None:
+        if any(probe is None for probe in self._probes.values()):
+            return
+        self._awaits_start = False
+        # A resumed run, and a second fit, have had their start.
+        fresh = self._steps == 0
+        starting = [monitor for monitor in self.monitors if monitor.schedule.at_start and fresh]
+        self._look(module, starting, step=0)
+        # The others rehearse on one image, so that what cannot work is said before the first batch is trained.
+        self._look(module, [each for each in self.monitors if each not in starting], step=0, rehearsal=True)
+        self._under_way = True
+
+    def _look(
+        self, module: LightningModule, due: Sequence[Monitor], step: int, *, suffix: str = "", rehearsal: bool = False
+    ) -> None:
+        due = [monitor for monitor in due if monitor not in self._resting]
+        if not due:
+            return
+        errors: dict[int, Exception] = {i: self._failed[each] for i, each in enumerate(due) if each in self._failed}
+        seen: dict[int, Any] = {}
+        groups: dict[object, dict[int, ProbeMonitor]] = {}
+        for index, monitor in enumerate(due):
+            if index in errors:
+                continue
+            if uses_probe(monitor):
+                groups.setdefault((_probe_key(monitor), monitor.predict), {})[index] = monitor
+            elif self.ranks.writes:
+                with _noting(errors, [index]), undisturbed(module), torch.no_grad():
+                    seen[index] = monitor.observe(module)
+        for group in groups.values():
+            self._explain(module, group, rehearsal, errors, seen)
+        self._settle(due, errors)
+        shares = self.ranks.to_writer({index: found for index, found in seen.items() if index not in errors})
+        if shares is None or rehearsal:
+            return
+        for index, monitor in enumerate(due):
+            found = [share[index] for share in shares if index in share]
+            if found and monitor not in self._resting:
+                with self._catching(monitor):
+                    for record in self._records(monitor, found, step):
+                        for sink in self.sinks:
+                            sink.write(_retagged(record, suffix), step)
+        for sink in self.sinks:
+            sink.flush()
+
+    def _explain(
+        self,
+        module: LightningModule,
+        group: dict[int, ProbeMonitor],
+        rehearsal: bool,
+        errors: dict[int, Exception],
+        seen: dict[int, Any],
+    ) -> None:
+        """This rank's share of a probe, for all monitors that are due on it, a chunk at a time."""
+        probe = self._probe(next(iter(group.values())))
+        part = probe.subset(slice(0, 1) if rehearsal else self.ranks.share(len(probe)))
+        first = 0 if rehearsal else self.ranks.share(len(probe)).start
+        trusted = all(monitor.is_trusted for monitor in group.values())
+        with undisturbed(module, parameters=not trusted):
+            for start in range(0, len(part), _CHUNK):
+                chunk = part.subset(slice(start, start + _CHUNK))
+                awake = {index: monitor for index, monitor in group.items() if index not in errors}
+                self._explain_chunk(module, chunk, first + start, awake, errors, seen)
+
+    def _explain_chunk(
+        self,
+        module: LightningModule,
+        chunk: Probe,
+        offset: int,
+        group: dict[int, ProbeMonitor],
+        errors: dict[int, Exception],
+        seen: dict[int, Any],
+    ) -> None:
+        """One Trace, made for what all monitors of the group need together."""
+        images = chunk.images.to(self.trainer.strategy.root_device)
+        labels = None if chunk.targets is None else chunk.targets.to(images.device)
+        sites: dict[int, Site | None] = {}
+        layers: dict[Site, bool] = {}
+        predict = None
+        for index, monitor in group.items():
+            predict = self._forward(monitor.predict)
+            with _noting(errors, [index]):
+                sites[index] = site = monitor.site(module, images, predict)
+                if site is not None:
+                    layers[site] = layers.get(site, False) or monitor.wants_layer_gradients
+        inputs = any(group[index].wants_input_gradients for index in sites)
+        entered = False
+        try:
+            with Trace(module, images, layers=layers, input_gradients=inputs, predict=predict, offset=offset) as trace:
+                entered = True
+                for index, site in sites.items():
+                    with _noting(errors, [index]):
+                        maps, explained = group[index].maps(trace, site, labels)
+                        found = {"maps": maps, "explained": explained, "logits": trace.logits.detach().float()}
+                        seen.setdefault(index, []).append({name: each.cpu() for name, each in found.items()})
+        except Exception as error:
+            if entered or len(sites) == 1:
+                errors.update(dict.fromkeys(sites, error))
+            else:
+                # What one monitor asks for can break the pass for all, so each tries alone.
+                for index in sites:
+                    self._explain_chunk(module, chunk, offset, {index: group[index]}, errors, seen)
+
+    def _forward(self, predict: Predict | None) -> Predict:
+        """The same callable for the whole run: what is known of a model is remembered by how it is run."""
+        if predict not in self._forwards:
+            self._forwards[predict] = functools.partial(reading.forward, self.trainer.precision_plugin, predict)
+        return self._forwards[predict]
+
+    def _probe(self, monitor: ProbeMonitor) -> Probe:
+        probe = self._probes[_probe_key(monitor)]
+        assert probe is not None, "a look before the probe was found"
+        return probe
+
+    def _records(self, monitor: Monitor, shares: list[Any], step: int) -> Iterable[Record]:
+        if not uses_probe(monitor):
+            return monitor.report(shares[0], step)
+        parts = list(itertools.chain.from_iterable(shares))
+        return monitor.draw(
+            {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, self._probe(monitor)
+        )
+
+    # ---- Failures.
+
+    def _awake(self, monitors: Iterable[Monitor]) -> list[Monitor]:
+        return [monitor for monitor in monitors if monitor not in self._resting and monitor not in self._failed]
+
+    @contextmanager
+    def _catching(self, monitor: Monitor) -> Iterator[None]:
+        """Note a failure on this rank alone; the others hear of it when the monitor is next due."""
+        try:
+            yield
+        except Exception as error:
+            if self.ranks.size == 1 or monitor.on_error == "raise":
+                self._rest(monitor, error)
+            else:
+                self._failed[monitor] = error
+
+    def _settle(self, due: Sequence[Monitor], errors: dict[int, Exception]) -> None:
+        """Agree on who failed; afterwards ``errors`` names the same monitors on every rank."""
+        reports = {index: (isinstance(error, ConfigurationError), _told(error)) for index, error in errors.items()}
+        for rank, told in enumerate(self.ranks.everyone(reports)):
+            for index, (misuse, text) in told.items():
+                kind = ConfigurationError if misuse else RuntimeError
+                errors.setdefault(index, kind(f"on rank {rank}: {text}"))
+        for index in sorted(errors):
+            self._failed.pop(due[index], None)
+            self._rest(due[index], errors[index])
+
+    def _rest(self, monitor: Monitor, error: Exception) -> None:
+        """Say once what happened, and look no more through this monitor; raise what must end the run."""
+        if monitor.on_error == "raise" or (isinstance(error, ConfigurationError) and not self._under_way):
+            raise error
+        self._resting.add(monitor)
+        if self.ranks.writes:
+            warnings.warn(
+                f"{monitor!r} failed and rests from here on; training goes on. Pass on_error='raise' to stop here.\n"
+                f"{_told(error)}",
+                stacklevel=2,
+            )
+
+
+def uses_probe(monitor: Monitor) -> TypeGuard[ProbeMonitor]:
+    """Whether a monitor looks at images."""
+    return monitor.uses_probe
+
+
+def _probe_key(monitor: ProbeMonitor) -> object:
+    """What makes two monitors look at the same probe."""
+    asked = monitor.probe
+    return (asked if isinstance(asked, int) else id(asked), monitor.unpack)
+
+
+def _count(monitor: ProbeMonitor) -> int:
+    return monitor.probe if isinstance(monitor.probe, int) else _DEFAULT_COUNT
+
+
+@contextmanager
+def _noting(errors: dict[int, Exception], indices: Iterable[int]) -> Iterator[None]:
+    """Note an error for the monitors with these numbers, and go on with the others."""
+    try:
+        yield
+    except Exception as error:
+        for index in indices:
+            errors.setdefault(index, error)
+
+
+def _retagged(record: Record, suffix: str) -> Record:
+    """The record with a suffix behind its tag's kind."""
+    if not suffix or isinstance(record, ScalarLayout):
+        return record
+    head, _, what = record.tag.partition("/")
+    return dataclasses.replace(record, tag=f"{head}{suffix}/{what}")
+
+
+def _told(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error)).strip()

@@ -1,0 +1,168 @@
+"""What turns a definition over a Trace into a public explainer: passes, chunks, targets and resizing."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from lightning_interp.errors import ConfigurationError
+from lightning_interp.guard import undisturbed
+from lightning_interp.trace import Predict, Site, Targets, Trace, locate
+
+__all__ = ["Explainer", "explainer"]
+
+
+class Explainer:
+    """A way to ask where a model looks: ``explainer(model, images, targets, *, layer, ...) -> maps``.
+
+    Args of a call:
+        model: Any module; it is left exactly as it was found.
+        images: (N, C, H, W) floating, as the model takes them.
+        targets: None (each image's predicted class), an int, int64 (N,), or a callable from the model's output to
+            scores (N,). The score of a class is its logit.
+        layer: A module, its dotted name, or None: the tensor that enters the final pooling or flattening. Methods
+            that look at pixels only refuse it.
+        use: Which call of the layer is meant where the model uses it more than once; the last by default.
+        batch_size: How many images are explained at once; None: all.
+        upsample: Whether the maps of a layer are resized bilinearly to the images.
+        predict: How to run the model, ``predict(model, images)``; None calls it.
+        **options: What the method itself takes.
+
+    Returns of a call:
+        Maps (N, H, W), float32, on the images' device: raw values, signed where the method is; with
+        ``upsample=False`` (N, h, w) of the layer.
+    """
+
+    def __init__(
+        self, function: Callable[..., Tensor], layer: Literal["activations", "gradients"] | None, inputs: bool
+    ) -> None:
+        functools.update_wrapper(self, function)
+        self.name: str = function.__name__
+        self.function = function
+        self.layer = layer
+        self.inputs = inputs
+        own = list(inspect.signature(function).parameters.values())[1 if layer is None else 2 :]
+        self.options = tuple(each.name for each in own)
+        common = inspect.signature(self._call).parameters
+        layered = ("layer", "use", "upsample") if layer is not None else ()
+        shown = [
+            each for name, each in common.items() if name not in {"layer", "use", "upsample", "options"} - set(layered)
+        ]
+        last = [each for each in shown if each.kind is each.VAR_KEYWORD]
+        self.__signature__ = inspect.Signature(
+            [each for each in shown if each not in last] + own, return_annotation=Tensor
+        )
+
+    def __reduce__(self) -> str:
+        return self.name  # found again by its name in its module, so that monitors can be sent to other processes
+
+    def __repr__(self) -> str:
+        return f"<explainer {self.name}>"
+
+    def __call__(self, model: nn.Module, images: Tensor, targets: Targets = None, **options: Any) -> Tensor:
+        return self._call(model, images, targets, **options)
+
+    def _call(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        targets: Targets = None,
+        *,
+        layer: str | nn.Module | None = None,
+        use: int = -1,
+        batch_size: int | None = None,
+        upsample: bool = True,
+        predict: Predict | None = None,
+        **options: Any,
+    ) -> Tensor:
+        if not isinstance(model, nn.Module):
+            raise ConfigurationError(f"model is a torch.nn.Module, got a {type(model).__name__}")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ConfigurationError(f"batch_size takes a positive integer or None, got {batch_size!r}")
+        self.check(layer, options)
+        size = batch_size or max(len(images), 1)
+        per_image = isinstance(targets, Tensor) and targets.ndim > 0
+        if per_image and len(targets) != len(images):  # type: ignore[arg-type]
+            raise ConfigurationError(
+                f"targets has {len(targets)} entries, expected one class for each of the "  # type: ignore[arg-type]
+                f"{len(images)} images"
+            )
+        with undisturbed(model):
+            site = None if self.layer is None else locate(model, layer, images, use=use, predict=predict)
+            maps = []
+            for start in range(0, max(len(images), 1), size):
+                chunk = slice(start, start + size)
+                aim = targets[chunk] if per_image else targets  # type: ignore[index]
+                with Trace(
+                    model,
+                    images[chunk],
+                    aim,
+                    layers=self.needs(site),
+                    input_gradients=self.inputs,
+                    predict=predict,
+                    offset=start,
+                ) as trace:
+                    maps.append(self.on(trace, site, upsample=upsample, **options))
+        return torch.cat(maps)
+
+    def check(self, layer: object, options: Mapping[str, object]) -> None:
+        """Raise where a layer or an option is given that this method does not take."""
+        if self.layer is None and layer is not None:
+            raise ConfigurationError(f"{self.name} explains pixels and takes no layer; leave layer={layer!r} out")
+        unknown = [name for name in options if name not in self.options]
+        if unknown:
+            known = ", ".join(self.options) or "none of its own"
+            raise ConfigurationError(f"{self.name} has no option {unknown[0]!r}; it takes {known}")
+
+    def needs(self, site: Site | None) -> dict[Site, bool]:
+        """The sites that a Trace must tap for this method, each with whether its gradient is wanted."""
+        return {} if site is None else {site: self.layer == "gradients"}
+
+    def on(self, trace: Trace, site: Site | None = None, *, upsample: bool = True, **options: Any) -> Tensor:
+        """The maps of one open Trace, which was made for what this method needs.
+
+        Args:
+            trace: The look at the model.
+            site: The layer, where the method needs one.
+            upsample: Whether maps of a layer are resized to the images.
+            **options: What the method takes.
+
+        Returns:
+            (N, H, W) float32 on the images' device.
+        """
+        if site is None:
+            maps = self.function(trace, **options)
+        else:
+            shape = trace.activations(site).shape
+            if len(shape) != 4:
+                raise ConfigurationError(
+                    f"the layer {site.name!r} gives activations {tuple(shape)}, which have no places in the image; "
+                    "choose a layer that gives (N, C, h, w)"
+                )
+            maps = self.function(trace, site, **options)
+            if upsample:
+                maps = interpolate(
+                    maps[:, None].float(), trace.images.shape[-2:], mode="bilinear", align_corners=False
+                )[:, 0]
+        return maps.detach().float().to(trace.images.device)
+
+
+def explainer(
+    *, layer: Literal["activations", "gradients"] | None = None, inputs: bool = False
+) -> Callable[[Callable[..., Tensor]], Explainer]:
+    """Make an explainer of a definition, ``function(trace, [layer,] **options) -> maps``.
+
+    Args:
+        layer: Whether it needs a layer's activations, or its gradients, too.
+        inputs: Whether it needs the gradient towards the images.
+
+    Returns:
+        The decorator.
+    """
+    return lambda function: Explainer(function, layer, inputs)

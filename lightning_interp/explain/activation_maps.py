@@ -1,0 +1,109 @@
+"""Class activation maps: a layer's activations, weighted and summed over its channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_interp.errors import ConfigurationError
+from lightning_interp.explain._explainer import explainer
+from lightning_interp.layers import linear_heads
+from lightning_interp.trace import Site, Trace
+
+__all__ = ["cam", "gradcam"]
+
+
+@explainer(layer="activations")
+def cam(trace: Trace, layer: Site) -> Tensor:
+    r"""Class activation map: the exact share of each place in a class's logit.
+
+    For a model that ends in global average pooling and one linear layer, or in pooled class maps (a fully
+    convolutional head). With activations :math:`A` of the layer that is pooled and the classifier's weights :math:`w`,
+
+    .. math:: M_t(y, x) = \sum_c w_{tc} A_c(y, x), \qquad \text{logit}_t = b_t + \frac{1}{hw} \sum_{y, x} M_t(y, x)
+
+    The identity is checked on the model's own logits, so a map that is returned is right.
+
+    Args:
+        trace: Made by the call; see :class:`Explainer` for what a call takes.
+        layer: The layer that is pooled; None finds it.
+
+    Returns:
+        (N, H, W) float32, signed, resized to the images; (N, h, w) with ``upsample=False``.
+
+    Raises:
+        ConfigurationError: If the model has no such head; Grad-CAM works on every model.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+        >>> images = torch.rand(4, 3, 10, 10)
+        >>> maps = cam(model, images, targets=1, upsample=False)
+        >>> maps.shape
+        torch.Size([4, 8, 8])
+        >>> torch.allclose(maps.mean((1, 2)) + model[3].bias[1], model(images)[:, 1], atol=1e-5)
+        True
+
+    Reference:
+        Zhou et al., Learning Deep Features for Discriminative Localization, CVPR 2016.
+    """
+    activations, logits = trace.activations(layer).float(), trace.logits.detach().float()
+    targets = trace.targets
+    if callable(targets) or logits.ndim != 2:
+        raise ConfigurationError(
+            "cam explains the classes of a GAP + linear head, not a callable's scores; use gradcam"
+        )
+    pooled = activations.mean((2, 3))
+    sign = (2 * targets - 1) if logits.shape[1] == 1 else torch.ones_like(targets)
+    column = torch.zeros_like(targets) if logits.shape[1] == 1 else targets
+    # Half precision keeps three digits; a wrong head is wrong in the first.
+    exact = trace.logits.dtype == torch.float32 and trace.activations(layer).dtype == torch.float32
+    tolerance = (1e-4 if exact else 3e-2) * (1 + logits.abs().max())
+    if activations.shape[1] == logits.shape[1] and bool((pooled - logits).abs().max() <= tolerance):
+        chosen = activations.gather(1, column.view(-1, 1, 1, 1).expand(-1, 1, *activations.shape[2:]))[:, 0]
+        return chosen * sign.view(-1, 1, 1)
+    for head in linear_heads(trace.model):
+        if (head.out_features, head.in_features) != (logits.shape[1], activations.shape[1]):
+            continue
+        weight = head.weight.detach().float()
+        rebuilt = pooled @ weight.T + (0 if head.bias is None else head.bias.detach().float())
+        if bool((rebuilt - logits).abs().max() <= tolerance):
+            return torch.einsum("nc,nchw->nhw", weight[column] * sign[:, None], activations)
+    raise ConfigurationError(
+        f"{type(trace.model).__name__} has no head of global average pooling and one linear layer on {layer.name!r}, "
+        "so it has no exact class activation map; use gradcam, which works on every model"
+    )
+
+
+@explainer(layer="gradients")
+def gradcam(trace: Trace, layer: Site) -> Tensor:
+    r"""Grad-CAM: activations weighted by the mean gradient of the class score.
+
+    .. math:: M(y, x) = \sum_c \alpha_c A_c(y, x), \qquad
+        \alpha_c = \frac{1}{hw} \sum_{y, x} \frac{\partial s}{\partial A_c(y, x)}
+
+    The sign is kept; the paper's rectifier is applied where maps become pictures, ``maps.relu()``.
+
+    Args:
+        trace: Made by the call; see :class:`Explainer` for what a call takes.
+        layer: Any layer that gives (N, C, h, w); None finds the last spatial one.
+
+    Returns:
+        (N, H, W) float32, signed, resized to the images; (N, h, w) with ``upsample=False``.
+
+    Raises:
+        ConfigurationError: If the model has no spatial layer.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+        >>> gradcam(model, torch.rand(4, 3, 8, 8), layer="1").shape
+        torch.Size([4, 8, 8])
+
+    Reference:
+        Selvaraju et al., Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization, ICCV 2017.
+    """
+    activations, gradients = trace.activations(layer).float(), trace.gradients(layer).float()
+    return torch.einsum("nc,nchw->nhw", gradients.mean((2, 3)), activations)

@@ -1,0 +1,20 @@
+"""Tensors become uint8 pictures: colour maps, overlays, captioned grids, filters, histories. Logs nothing."""
+
+from lightning_interp.render.colors import check_colormap, colorize, normalize_maps, overlay
+from lightning_interp.render.filters import filter_grid
+from lightning_interp.render.plots import history_heatmap
+from lightning_interp.render.tiles import Caption, ColorScale, enlarge, side_by_side, tile_grid
+
+__all__ = [
+    "Caption",
+    "ColorScale",
+    "check_colormap",
+    "colorize",
+    "enlarge",
+    "filter_grid",
+    "history_heatmap",
+    "normalize_maps",
+    "overlay",
+    "side_by_side",
+    "tile_grid",
+]

@@ -1,0 +1,117 @@
+"""Histograms of many tensors, counted where they live."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_interp.records import Histogram
+
+__all__ = ["Histograms", "histograms"]
+
+_STATISTICS = 4  # lowest, highest, sum, sum of squares; the counts follow
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Histograms:
+    """Histograms of named tensors, still on their devices.
+
+    Args:
+        names: The tensors' names.
+        statistics: For each tensor (4 + bins,): lowest and highest value, sum, sum of squares, counts.
+        not_finite: For each tensor (): how many of its values were left out.
+    """
+
+    names: tuple[str, ...]
+    statistics: tuple[Tensor, ...]
+    not_finite: tuple[Tensor, ...]
+
+    def records(self, prefix: str) -> Iterator[tuple[Histogram | None, int]]:
+        """Bring all to the CPU, in one transfer a device, as records and counts of values that are not finite.
+
+        Args:
+            prefix: Put before each name in its tag.
+
+        Yields:
+            A histogram, or None where no value is finite, and how many values are not.
+        """
+        rows = _to_cpu(
+            [torch.cat([row, lost[None]]) for row, lost in zip(self.statistics, self.not_finite, strict=True)]
+        )
+        for name, row in zip(self.names, rows, strict=True):
+            low, high, total, squares = row[:_STATISTICS].tolist()
+            counts, lost = row[_STATISTICS:-1], int(row[-1])
+            if counts.sum() == 0:
+                yield None, lost
+                continue
+            if low == high:
+                # A constant has no width of its own: it stands in the middle of a bin.
+                counts = torch.zeros_like(counts).index_fill_(0, torch.tensor(len(counts) // 2), float(counts.sum()))
+                width = max(abs(low), 1.0) * 1e-3
+                low, high = low - width * (len(counts) // 2 + 0.5), low + width * (len(counts) - len(counts) // 2 - 0.5)
+            edges = torch.linspace(low, high, len(counts) + 1, dtype=torch.float64)
+            yield Histogram(prefix + name, counts, edges, total, squares), lost
+
+
+@torch.no_grad()
+def histograms(tensors: Mapping[str, Tensor], bins: int = 64) -> Histograms:
+    """Count the values of each tensor into equal bins between its lowest and highest, on its device.
+
+    Args:
+        tensors: Named tensors of any shape and real dtype, on any devices; empty ones are left out.
+        bins: How many bins, at least 1.
+
+    Returns:
+        The histograms, without waiting for a device; values that are not finite are counted apart.
+
+    Raises:
+        ValueError: If ``bins`` is not positive.
+
+    Example:
+        >>> found = histograms({"weight": torch.tensor([0.0, 1.0, 1.0, float("nan")])}, bins=2)
+        >>> [(record.counts.tolist(), lost) for record, lost in found.records("weights/")]
+        [([1.0, 2.0], 1)]
+    """
+    if bins < 1:
+        raise ValueError(f"bins takes a positive integer, got {bins}")
+    kept = {name: tensor.detach() for name, tensor in tensors.items() if tensor.numel() > 0}
+    rows, lost = [], []
+    for tensor in kept.values():
+        values = tensor.reshape(-1)
+        values = values if values.dtype in (torch.float32, torch.float64) else values.float()
+        row, missing = _count(values, bins)
+        rows.append(row)
+        lost.append(missing)
+    return Histograms(tuple(kept), tuple(rows), tuple(lost))
+
+
+def _count(values: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    low, high = torch.aminmax(values)
+    missing = torch.zeros((), dtype=torch.float64, device=values.device)
+    # Asking a GPU whether all is finite would wait for it, so there every tensor takes the careful way.
+    if values.is_cuda or not bool(torch.isfinite(high - low)):
+        finite = torch.isfinite(values)
+        missing = (~finite).sum(dtype=torch.float64)
+        low = torch.where(finite, values, torch.inf).amin()
+        high = torch.where(finite, values, -torch.inf).amax()
+        values = torch.where(finite, values, torch.nan)
+        total, squares = values.nansum(dtype=torch.float64), values.double().square().nansum()
+    else:
+        total, squares = values.sum(dtype=torch.float64), values.double().dot(values.double())
+    # Halved, because the span of a type's largest values is infinite in that type.
+    span = high / 2 - low / 2
+    counts = torch.histc((values / 2 - low / 2) / torch.where(span > 0, span, 1), bins, 0, 1)
+    return torch.cat([torch.stack([low.double(), high.double(), total, squares]), counts.double()]), missing
+
+
+def _to_cpu(rows: list[Tensor]) -> list[Tensor]:
+    by_device: dict[torch.device, list[int]] = {}
+    for index, row in enumerate(rows):
+        by_device.setdefault(row.device, []).append(index)
+    found: dict[int, Tensor] = {}
+    for indices in by_device.values():
+        found.update(zip(indices, torch.stack([rows[index] for index in indices]).cpu(), strict=True))
+    return [found[index] for index in range(len(rows))]
