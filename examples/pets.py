@@ -108,19 +108,21 @@ def pretrained(weights: Path | None) -> SqueezeNet:
 class PetClassifier(pl.LightningModule):
     """A pretrained SqueezeNet with a new last convolution, trained faster than what lies beneath it.
 
-    SqueezeNet ends in 1x1 convolution, ReLU and average pooling, so that its last activations are the class activation
-    maps themselves.
+    SqueezeNet ends in a 1x1 convolution and average pooling, so that its last activations are the class activation maps
+    themselves.
     """
 
     def __init__(
-        self, network: SqueezeNet, num_classes: int, learning_rate: float = 1e-3, backbone_rate: float = 1e-4
+        self, network: SqueezeNet, num_classes: int, learning_rate: float = 1e-3, backbone_rate: float = 2e-5
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="network")
+        maps = nn.Conv2d(512, num_classes, kernel_size=1)
+        nn.init.zeros_(maps.weight)  # the features are large: with random weights the first steps would wreck them
+        nn.init.zeros_(maps.bias)
+        # Without the ReLU that stood before the pooling: under it, a class of so few photographs can fall silent for good.
+        network.classifier = nn.Sequential(nn.Dropout(0.5), maps, nn.AdaptiveAvgPool2d(1))
         self.network = network
-        self.network.classifier[1] = nn.Conv2d(512, num_classes, kernel_size=1)
-        nn.init.normal_(self.network.classifier[1].weight, std=0.01)
-        nn.init.zeros_(self.network.classifier[1].bias)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)

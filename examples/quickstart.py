@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     # Lightning's own use of a name that recent releases of torch are about to drop.
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated.*")
-    train_set = Shapes(120 if args.small else 4200, seed=1)
+    train_set = Shapes(120 if args.small else 3600, seed=1)
     val_set = Shapes(60 if args.small else 600, seed=2)
     train_loader = DataLoader(train_set, batch_size=64, shuffle=True, drop_last=True)
     val_loader = DataLoader(val_set, batch_size=100)
@@ -73,14 +73,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--log-dir", type=Path, default=Path("runs"), metavar="DIR", help="folder for the logs (default: runs)"
     )
     parser.add_argument(
-        "--epochs", type=int, metavar="N", help="passes over the training images (default: 10, with --small 2)"
+        "--epochs", type=int, metavar="N", help="passes over the training images (default: 8, with --small 2)"
     )
     parser.add_argument(
         "--small", action="store_true", help="a few images and seconds only: a check that all is well"
     )
     args = parser.parse_args(argv)
     if args.epochs is None:
-        args.epochs = 2 if args.small else 10
+        args.epochs = 2 if args.small else 8
     elif args.epochs < 1:
         parser.error("--epochs must be at least 1")
     return args
@@ -108,11 +108,10 @@ class ShapeClassifier(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.features = nn.Sequential(
-            block(3, 24, stride=2),  # 72 -> 36 pixels
-            block(24, 32),
-            block(32, 64, stride=2),  # 18
-            block(64, 64),
-            block(64, 96, stride=2),  # 9
+            block(3, 24, stride=2),  # from 72 pixels a side to 36
+            block(24, 48, stride=2),  # to 18
+            block(48, 64),
+            block(64, 96, stride=2),  # to 9
             block(96, 128),
         )
         self.pool = nn.AdaptiveAvgPool2d(1)

@@ -86,7 +86,7 @@ class Trace:
         offset: int = 0,
     ) -> None:
         self.model = model
-        self.images = _checked_images(images)
+        self.images = checked_images(images)
         self.predict = predict
         self.offset = offset
         self._asked = targets
@@ -137,6 +137,8 @@ class Trace:
         if targets is None:
             return (self.logits[:, 0] > 0).long() if classes == 1 else self.logits.argmax(1)
         chosen = torch.as_tensor(targets, device=self.logits.device)
+        if chosen.is_inference():
+            chosen = chosen.clone()  # the gradient's graph takes no tensor that was made in inference mode
         if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
             raise ConfigurationError(f"targets are class numbers (int64), got {chosen.dtype}")
         chosen = chosen.long().expand(len(self.images)) if chosen.ndim == 0 else chosen.long()
@@ -177,10 +179,10 @@ class Trace:
         return self._gradient(None)
 
     def _run(self, stack: ExitStack) -> None:
-        images = self.images.clone() if self.images.is_inference() else self.images.detach()
+        images = self.images.detach().clone()  # the model may change its input in place
         if self._wants_inputs:
-            self._leaf = images.requires_grad_() if images is not self.images else images.clone().requires_grad_()
-            images = self._leaf.clone()  # the model may change its input in place
+            self._leaf = images.requires_grad_()
+            images = images.clone()
         by_module: dict[nn.Module, list[Site]] = {}
         by_function: list[Site] = []
         for site in self._sites:
@@ -290,7 +292,7 @@ class Trace:
                 # The graph is kept: another monitor may aim at other classes.
                 found = torch.autograd.grad(scores.sum(), list(wanted.values()), retain_graph=True, allow_unused=True)
             except RuntimeError as error:
-                if "Checkpointing is not compatible" in str(error):
+                if "use_reentrant=True" in str(error) or "Checkpointing is not compatible" in str(error):
                     raise ConfigurationError(
                         "the model checkpoints with use_reentrant=True, through which no gradient can be asked for; "
                         "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
@@ -354,6 +356,7 @@ def locate(
         return Site(layer_name(model, module), module, use=use)
     if images is None:
         raise ConfigurationError("to find the last spatial layer, locate needs images")
+    checked_images(images)
     structure = tuple(map(id, model.modules()))
     key = (tuple(images.shape[1:]), predict)
     known = _last_spatial.setdefault(model, {})
@@ -401,6 +404,8 @@ class _PoolingWatcher(TorchFunctionMode):
     # A flattening that follows an average pooling (VGG, AlexNet) or dropout is preceded by what entered those.
     _TRANSPARENT = frozenset({"adaptive_avg_pool2d", "avg_pool2d", "dropout", "dropout2d", "feature_dropout"})
     _REDUCTIONS = frozenset({"mean", "sum", "amax"})
+    # A norm over channels turns (N, 1, 1, C) back to (N, C, 1, 1): that is no pooling.
+    _REORDERINGS = frozenset({"permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -428,7 +433,7 @@ class _PoolingWatcher(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         entering = args[0] if args and isinstance(args[0], Tensor) else None
         site = None
-        if entering is not None and self._convolved and entering.ndim == 4 and entering[0, 0].numel() > 1:
+        if entering is not None and self._convolved and entering.ndim == 4 and self._has_places(name, entering):
             site = self._site_of(entering, func, name, call)
         result = func(*args, **(kwargs or {}))
         self._convolved |= name in self._WEIGHTED
@@ -437,14 +442,18 @@ class _PoolingWatcher(TorchFunctionMode):
                 site = self._entered[id(entering)][2]
             if name in self._TRANSPARENT:
                 self._entered[id(result)] = (result, entering, site)
-            if self._takes_location(name, entering, result):
+            if entering.shape[2:].numel() > 1 and self._takes_location(name, entering, result):
                 self.found = site
         return result
+
+    def _has_places(self, name: str, entering: Tensor) -> bool:
+        # VGG's adaptive pooling makes many places of one, where images are small.
+        return entering.shape[2:].numel() > 1 or name in self._TRANSPARENT
 
     def _takes_location(self, name: str, entering: Tensor, result: Tensor) -> bool:
         n, c, h, w = entering.shape
         if result.ndim == 4:
-            return tuple(result.shape[2:]) == (1, 1)
+            return tuple(result.shape[2:]) == (1, 1) and name not in self._REORDERINGS
         if result.ndim == 3:
             return name in self._REDUCTIONS and tuple(result.shape) in {(n, c, h), (n, c, w)}
         return result.ndim == 2 and len(result) == n
@@ -529,7 +538,8 @@ def _replaced(output: Any, old: Tensor, new: Tensor) -> Any:
     return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
 
 
-def _checked_images(images: Any) -> Tensor:
+def checked_images(images: Any) -> Tensor:
+    """The images, where they fit the contract; otherwise a :class:`ConfigurationError`."""
     if not isinstance(images, Tensor) or images.ndim != 4 or 0 in images.shape or not images.is_floating_point():
         raise ConfigurationError(
             f"images are a floating tensor (N, C, H, W) with at least one image, got {_described(images)}"

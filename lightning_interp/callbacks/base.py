@@ -93,15 +93,22 @@ class Monitor(Callback):
         return type(self).__name__ + (f"({self.name!r})" if self.name else "")
 
     @abstractmethod
-    def observe(self, module: nn.Module) -> Any:
-        """Look at the weights; called on the rank that writes, with gradients off."""
+    def observe(self, module: nn.Module, step: int) -> Any:
+        """Look at the weights; called on the rank that writes, with gradients off.
+
+        What it returns must not change when training goes on: it is drawn later, on another thread.
+        """
 
     @abstractmethod
     def report(self, seen: Any, step: int) -> Iterable[Record]:
-        """What :meth:`observe` returned, as records; called on the rank that writes."""
+        """What :meth:`observe` returned, as records; called on the rank that writes, on the writer's thread."""
 
     def check(self, module: LightningModule) -> None:
         """Raise a :class:`ConfigurationError` where this monitor cannot work on the module."""
+
+    def tags(self, module: LightningModule) -> list[str]:
+        """What this monitor writes and no other may write, too: all of its kind, where a subclass knows no better."""
+        return [self.tag("*")]
 
     def before_optimizer_step(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Look at whole, unscaled gradients in a step after which this monitor is due."""
@@ -299,6 +306,10 @@ class ProbeMonitor(Monitor):
         if self.layer is not None:
             find_layer(module, self.layer)
 
+    def tags(self, module: LightningModule) -> list[str]:
+        """One picture."""
+        return [self.tag(self.method_name)]
+
     def site(self, module: nn.Module, images: Tensor, predict: Callable[..., Any]) -> Site | None:
         """The layer that the method needs, if it needs one."""
         if not isinstance(self.method, Explainer) or self.method.layer is None:
@@ -328,7 +339,7 @@ class ProbeMonitor(Monitor):
             raise ConfigurationError(f"{self.method_name} gave {came}, expected maps {size}, one for each image")
         return maps.detach().float(), targets  # type: ignore[return-value]
 
-    def observe(self, module: nn.Module) -> None:
+    def observe(self, module: nn.Module, step: int) -> None:
         """Nothing: these look at the probe, through :meth:`maps`."""
 
     def report(self, seen: Any, step: int) -> Iterable[Record]:
@@ -337,7 +348,7 @@ class ProbeMonitor(Monitor):
 
     @abstractmethod
     def draw(self, seen: Mapping[str, Tensor], probe: Probe) -> Iterable[Record]:
-        """The probe's maps as records; called on the rank that writes.
+        """The probe's maps as records; called on the rank that writes, on the writer's thread.
 
         ``seen`` holds, on the CPU, ``maps`` (N, H, W) float32, ``explained`` (N,) int64 classes and ``logits`` (N, K).
         """

@@ -49,17 +49,22 @@ def captions(seen: Mapping[str, Tensor], probe: Probe) -> list[Caption]:
     if logits.ndim != 2:
         return [Caption(("",), None) for _ in range(len(probe))]
     found = probabilities(logits)
+    named = probe.class_names is not None
+
+    def name(index: int) -> str:
+        return probe.class_name(index) if named else f"class {index}"
+
     made = []
     for index, row in enumerate(found):
         predicted = int(row.argmax())
         sure = f"{100 * float(row[predicted]):.0f} %" if bool(row.isfinite().all()) else "not finite"
-        lines = [f"{probe.class_name(predicted)} {sure}"]
+        lines = [f"{name(predicted)} {sure}"]
         correct = None
         if probe.targets is not None:
             label = int(probe.targets[index])
             correct = predicted == label
-            lines.append("" if correct else f"true: {probe.class_name(label)}")
+            lines.append("" if correct else f"true: {name(label)}")
         if int(explained[index]) != predicted:
-            lines.append(f"map of: {probe.class_name(int(explained[index]))}")
+            lines.append(f"map of: {name(int(explained[index]))}")
         made.append(Caption(tuple(line for line in lines if line), correct))
     return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -66,9 +67,14 @@ class FilterMonitor(Monitor):
                 came = f"a weight {tuple(weight.shape)}" if isinstance(weight, Tensor) else "no weight"
                 raise ConfigurationError(f"the layer {name!r} has {came}; filters (O, C, h, w) were expected")
 
-    def observe(self, module: nn.Module) -> dict[str, Tensor]:
-        """The filters, on the CPU."""
-        return {name: find_layer(module, name).get_parameter("weight").float().cpu() for name in self._names(module)}
+    def tags(self, module: LightningModule) -> list[str]:
+        """One picture a layer."""
+        return [self.tag(name) for name in self._names(module)]
+
+    def observe(self, module: nn.Module, step: int) -> dict[str, Tensor]:
+        """Copies of the filters, on the CPU."""
+        weights = {name: find_layer(module, name).get_parameter("weight") for name in self._names(module)}
+        return {name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in weights.items()}
 
     def report(self, seen: dict[str, Tensor], step: int) -> Iterator[Picture]:
         """One picture a layer."""

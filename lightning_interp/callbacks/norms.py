@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,16 @@ _TITLES = {
     "update_ratio": "update over weight, the step before the look",
 }
 _COLUMNS = 50  # of the picture
+
+
+class _Seen(NamedTuple):
+    """One kind of norm: each layer's, and the total's, at a look, and all layers at all looks so far."""
+
+    names: tuple[str, ...]
+    there: list[bool]  # which layers have it
+    values: list[float]  # (L + 1,): the layers, the total
+    steps: list[int]
+    table: Tensor  # (L, steps)
 
 
 class NormMonitor(Monitor):
@@ -85,6 +95,10 @@ class NormMonitor(Monitor):
             self._history.clear()
         self._layers = layers
 
+    def tags(self, module: LightningModule) -> list[str]:
+        """One picture for each kind of norm."""
+        return [self.tag(what) for what in self._kinds()]
+
     def before_optimizer_step(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Measure the gradients while they are whole; keep the weights that the step will change."""
         if self.gradients:
@@ -104,42 +118,43 @@ class NormMonitor(Monitor):
         self._before.clear()
         self._stepped.clear()
 
-    def observe(self, module: nn.Module) -> dict[str, tuple[list[bool], Tensor]]:
-        """For each kind of norm: which layers have one, and (L + 1,) norms on the device, the total last."""
+    def observe(self, module: nn.Module, step: int) -> dict[str, _Seen]:
+        """For each kind of norm: the layers' norms now and at the earlier looks."""
         measured, self._measured = self._measured, {}
-        seen = {}
         if self.weights:
-            norms = parameter_norms(dict(module.named_parameters()), self.order)
-            seen["weight"] = self._present(norms), self._layers.combine(norms, self.order)
-        if measured.get("gradient"):
-            norms = measured["gradient"]
-            seen["gradient"] = self._present(norms), self._layers.combine(norms, self.order)
-        if measured.get("update"):
-            update, before = (self._layers.combine(measured[kind], self.order) for kind in ("update", "before"))
-            ratio = torch.where(before > 0, update / before, torch.nan)
-            seen["update_ratio"] = self._present(measured["update"]), ratio
-        return seen
-
-    def report(
-        self, seen: dict[str, tuple[list[bool], Tensor]], step: int
-    ) -> Iterator[Scalar | Picture | ScalarLayout]:
-        """A number a layer, all layers by logged steps as a picture, and which curves share a chart."""
-        if not seen:
-            return
-        rows = torch.stack([norms for _, norms in seen.values()]).cpu()  # the one synchronisation
-        for (what, (present, _)), row in zip(seen.items(), rows, strict=True):
-            for name, there, value in zip((*self._layers.names, "total"), [*present, True], row.tolist(), strict=True):
-                if there:
-                    yield Scalar(self.tag(f"{what}/{name}"), value)
+            measured["weight"] = parameter_norms(dict(module.named_parameters()), self.order)
+        rows = {what: self._layers.combine(norms, self.order) for what, norms in measured.items() if norms}
+        if "update" in rows:
+            before, update = rows.pop("before"), rows.pop("update")
+            rows["update_ratio"] = torch.where(before > 0, update / before, torch.nan)
+            measured["update_ratio"] = measured["update"]
+        if not rows:
+            return {}
+        seen = {}
+        for (what, _), row in zip(rows.items(), torch.stack(list(rows.values())).cpu(), strict=True):  # one transfer
+            with_norm = {self._layers.of_parameter[name] for name in measured[what]}
+            there = [index in with_norm for index in range(len(self._layers.names))]
             history = self._history.setdefault(what, {})
-            history[step] = torch.where(torch.tensor(present), row[:-1], torch.nan)
+            history[step] = torch.where(torch.tensor(there), row[:-1], torch.nan)
             steps = _spread(sorted(history))
             table = torch.stack([history[each] for each in steps], dim=1)
-            order = "max" if self.order == float("inf") else f"{self.order:g}"
+            seen[what] = _Seen(self._layers.names, there, row.tolist(), steps, table)
+        return seen
+
+    def report(self, seen: dict[str, _Seen], step: int) -> Iterator[Scalar | Picture | ScalarLayout]:
+        """A number a layer, all layers by logged steps as a picture, and which curves share a chart."""
+        order = "max" if self.order == float("inf") else f"{self.order:g}"
+        for what, found in seen.items():
+            for name, there, value in zip(found.names, found.there, found.values, strict=False):
+                if there:
+                    yield Scalar(self.tag(f"{what}/{name}"), value)
+            yield Scalar(self.tag(f"{what}/total"), found.values[-1])
             title = f"{_TITLES[what]}, each layer at each logged step"
-            yield Picture(self.tag(what), history_heatmap(self._layers.names, steps, table, title, f"L{order} norm"))
-        charts = {what: [rf"{re.escape(self.tag(what))}/.*"] for what in seen}
-        charts["total"] = [re.escape(self.tag(f"{what}/total")) for what in seen]
+            picture = history_heatmap(found.names, found.steps, found.table, title, f"L{order} norm")
+            yield Picture(self.tag(what), picture)
+        # Before the first step only weights are seen, but TensorBoard takes a layout once.
+        charts = {what: [rf"{re.escape(self.tag(what))}/.*"] for what in self._kinds()}
+        charts["total"] = [re.escape(self.tag(f"{what}/total")) for what in self._kinds()]
         yield ScalarLayout(self.tag("layers"), charts)
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,9 +166,12 @@ class NormMonitor(Monitor):
         self._layers = Layers(tuple(state_dict["layers"]), {})
         self._history = state_dict["history"]
 
-    def _present(self, norms: Mapping[str, Tensor]) -> list[bool]:
-        with_norm = {self._layers.of_parameter[name] for name in norms}
-        return [index in with_norm for index in range(len(self._layers.names))]
+    def _kinds(self) -> list[str]:
+        return [
+            what
+            for what, is_wanted in zip(_TITLES, (self.weights, self.gradients, self.updates), strict=True)
+            if is_wanted
+        ]
 
 
 def _spread(steps: list[int]) -> list[int]:

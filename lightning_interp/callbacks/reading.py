@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -72,9 +73,14 @@ def sinks(trainer: Trainer) -> list[Sink]:
     found: list[Sink] = [TensorBoardSink(each) for each in experiments if TensorBoardSink.takes(each)]
     if found:
         return found
-    folder = _run_folder(trainer)
-    rank_zero_info(f"lightning_interp: no logger here takes pictures; PNG and CSV files go to {folder}")
-    return [FileSink(folder)]
+    if trainer not in _folders:
+        _folders[trainer] = _run_folder(trainer)
+        rank_zero_info(f"lightning_interp: no logger here takes pictures; PNG and CSV files go to {_folders[trainer]}")
+    return [FileSink(_folders[trainer])]
+
+
+# What a Trainer validates and tests after training belongs to the same run.
+_folders: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 
 
 def _run_folder(trainer: Trainer) -> Path:

@@ -21,7 +21,7 @@ from lightning_interp.errors import ConfigurationError
 from lightning_interp.guard import undisturbed
 from lightning_interp.probe import Probe
 from lightning_interp.records import Record, ScalarLayout
-from lightning_interp.sinks import Sink
+from lightning_interp.sinks import BackgroundWriter, Sink
 from lightning_interp.trace import Predict, Site, Trace
 
 if TYPE_CHECKING:
@@ -45,10 +45,11 @@ class Session:
         self.monitors = list(monitors)
         self.ranks = Ranks.of(trainer)
         self.sinks: list[Sink] = reading.sinks(trainer) if self.ranks.writes else []
+        self.writer = BackgroundWriter()
         self._probes: dict[object, Probe | None] = {}
         self._forwards: dict[Predict | None, Predict] = {}
         self._resting: set[Monitor] = set()
-        self._failed: dict[Monitor, Exception] = {}  # here, and not yet told to the other ranks
+        self._failed: dict[Monitor, Exception] = {}  # not yet settled
         self._capturing: set[Monitor] = set()
         self._steps = 0
         self._awaits_start = False
@@ -68,10 +69,14 @@ class Session:
     def end(self) -> None:
         """Bring everything to the loggers and end the run."""
         _sessions.pop(self.trainer, None)
+        self.writer.close()
+        for sink in self.sinks:
+            try:
+                sink.close()
+            except Exception as error:
+                warnings.warn(f"lightning_interp could not finish writing: {_told(error)}", stacklevel=2)
         for monitor in list(self._failed):
             self._rest(monitor, self._failed.pop(monitor))
-        for sink in self.sinks:
-            sink.close()
 
     # ---- What the Trainer's hooks ask for.
 
@@ -80,8 +85,7 @@ class Session:
         tags: set[str] = set()
         for monitor in self.monitors:
             monitor.check(module)
-            if uses_probe(monitor):
-                tag = monitor.tag(monitor.method_name)
+            for tag in monitor.tags(module):
                 if tag in tags:
                     raise ConfigurationError(f"two monitors would write {tag!r}; give one of them a name=...")
                 tags.add(tag)
@@ -217,24 +221,21 @@ class Session:
                 continue
             if uses_probe(monitor):
                 groups.setdefault((_probe_key(monitor), monitor.predict), {})[index] = monitor
-            elif self.ranks.writes:
+            elif self.ranks.writes and not rehearsal:
                 with _noting(errors, [index]), undisturbed(module), torch.no_grad():
-                    seen[index] = monitor.observe(module)
+                    seen[index] = monitor.observe(module, step)
         for group in groups.values():
             self._explain(module, group, rehearsal, errors, seen)
         self._settle(due, errors)
         shares = self.ranks.to_writer({index: found for index, found in seen.items() if index not in errors})
         if shares is None or rehearsal:
             return
-        for index, monitor in enumerate(due):
-            found = [share[index] for share in shares if index in share]
-            if found and monitor not in self._resting:
-                with self._catching(monitor):
-                    for record in self._records(monitor, found, step):
-                        for sink in self.sinks:
-                            sink.write(_retagged(record, suffix), step)
-        for sink in self.sinks:
-            sink.flush()
+        found = [
+            (monitor, [share[index] for share in shares if index in share])
+            for index, monitor in enumerate(due)
+            if index not in errors
+        ]
+        self.writer.submit(functools.partial(self._write, found, step, suffix))
 
     def _explain(
         self,
@@ -305,6 +306,16 @@ class Session:
         assert probe is not None, "a look before the probe was found"
         return probe
 
+    def _write(self, found: list[tuple[Monitor, list[Any]]], step: int, suffix: str) -> None:
+        """Draw and write, on the writer's thread."""
+        for monitor, shares in found:
+            with self._catching(monitor):
+                for record in self._records(monitor, shares, step):
+                    for sink in self.sinks:
+                        sink.write(_retagged(record, suffix), step)
+                for sink in self.sinks:
+                    sink.flush()
+
     def _records(self, monitor: Monitor, shares: list[Any], step: int) -> Iterable[Record]:
         if not uses_probe(monitor):
             return monitor.report(shares[0], step)
@@ -320,14 +331,11 @@ class Session:
 
     @contextmanager
     def _catching(self, monitor: Monitor) -> Iterator[None]:
-        """Note a failure on this rank alone; the others hear of it when the monitor is next due."""
+        """Note a failure outside a look, on this rank or thread alone; it is settled when the monitor is next due."""
         try:
             yield
         except Exception as error:
-            if self.ranks.size == 1 or monitor.on_error == "raise":
-                self._rest(monitor, error)
-            else:
-                self._failed[monitor] = error
+            self._failed.setdefault(monitor, error)
 
     def _settle(self, due: Sequence[Monitor], errors: dict[int, Exception]) -> None:
         """Agree on who failed; afterwards ``errors`` names the same monitors on every rank."""

@@ -78,7 +78,7 @@ class WeightHistogramMonitor(Monitor):
             found = {name: each.grad for name, each in self._chosen(parameters).items() if each.grad is not None}
             self._gradient_histograms = histograms(found, self.bins)
 
-    def observe(self, module: nn.Module) -> dict[str, Histograms]:
+    def observe(self, module: nn.Module, step: int) -> dict[str, Histograms]:
         """Count the weights; the gradients are counted already."""
         seen = {self.kind: histograms(self._chosen(dict(module.named_parameters())), self.bins)}
         if self._gradient_histograms is not None:

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.guard import undisturbed
-from lightning_interp.trace import Predict, Site, Targets, Trace, locate
+from lightning_interp.trace import Predict, Site, Targets, Trace, checked_images, locate
 
 __all__ = ["Explainer", "explainer"]
 
@@ -83,10 +83,11 @@ class Explainer:
     ) -> Tensor:
         if not isinstance(model, nn.Module):
             raise ConfigurationError(f"model is a torch.nn.Module, got a {type(model).__name__}")
+        checked_images(images)
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ConfigurationError(f"batch_size takes a positive integer or None, got {batch_size!r}")
         self.check(layer, options)
-        size = batch_size or max(len(images), 1)
+        size = batch_size or len(images)
         per_image = isinstance(targets, Tensor) and targets.ndim > 0
         if per_image and len(targets) != len(images):  # type: ignore[arg-type]
             raise ConfigurationError(
@@ -96,7 +97,7 @@ class Explainer:
         with undisturbed(model):
             site = None if self.layer is None else locate(model, layer, images, use=use, predict=predict)
             maps = []
-            for start in range(0, max(len(images), 1), size):
+            for start in range(0, len(images), size):
                 chunk = slice(start, start + size)
                 aim = targets[chunk] if per_image else targets  # type: ignore[index]
                 with Trace(

@@ -6,7 +6,7 @@ import csv
 import re
 from pathlib import Path
 
-from torchvision.io import write_png
+from PIL import Image
 
 from lightning_interp.records import Histogram, Picture, Record, Scalar, Text
 
@@ -42,7 +42,7 @@ class FileSink:
     def write(self, record: Record, step: int) -> None:
         """Write a picture or text at once; numbers wait for :meth:`flush`."""
         if isinstance(record, Picture):
-            write_png(record.image.permute(2, 0, 1).contiguous(), str(self._file(record.tag, step, "png")))
+            Image.fromarray(record.image.numpy()).save(self._file(record.tag, step, "png"))
         elif isinstance(record, Text):
             self._file(record.tag, step, "md").write_text(record.markdown, encoding="utf-8")
         elif isinstance(record, Scalar):

@@ -1,0 +1,517 @@
+"""One contract, run over everything that ``explain`` exports and over a zoo of models."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torchmetrics
+from torch import Tensor, nn
+
+from lightning_interp import explain
+from lightning_interp.errors import ConfigurationError
+from lightning_interp.explain import Explainer
+from tests import references
+from tests.states import unchanged, unsettle
+from tests.zoo import ANIMALS, CLASSES, Animal, Checkpointed, Net, animal
+
+EXPLAINERS: list[Explainer] = [
+    each for name in explain.__all__ if isinstance(each := getattr(explain, name), Explainer)
+]
+LAYERED = [each for each in EXPLAINERS if each.layer is not None]
+GRADIENTS = [each for each in EXPLAINERS if each.layer == "gradients" or each.inputs]
+# Fewer passes where a method takes many.
+FAST: dict[str, Any] = {"n_samples": 2}
+
+over_explainers = pytest.mark.parametrize("explainer", EXPLAINERS, ids=lambda each: each.name)
+over_zoo = pytest.mark.parametrize("kind", ANIMALS, ids=lambda each: each.name)
+
+
+def fast(explainer: Explainer) -> dict[str, Any]:
+    return {name: value for name, value in FAST.items() if name in explainer.options}
+
+
+def impossible(explainer: Explainer, kind: Animal) -> str | None:
+    """The error by which a method says that it cannot explain such a model."""
+    if explainer.layer is not None and not kind.spatial:
+        return r"has no spatial layer: .*name a layer that gives \(N, C, h, w\) activations with layer="
+    if explainer.name == "cam" and not kind.gap:
+        return "no head of global average pooling and one linear layer.*use gradcam"
+    return None
+
+
+def check_maps(maps: Tensor, images: Tensor, explainer: Explainer) -> None:
+    assert maps.shape == (len(images), *images.shape[2:])
+    assert maps.dtype == torch.float32
+    assert maps.device == images.device
+    assert maps.isfinite().all()
+    assert not maps.requires_grad
+
+
+def test_every_export_is_an_explainer_with_a_slow_reference() -> None:
+    assert {name for name in explain.__all__ if name != "Explainer"} == {each.name for each in EXPLAINERS}
+    assert [each.name for each in EXPLAINERS if not hasattr(references, each.name)] == []
+
+
+@over_explainers
+@over_zoo
+def test_explains_and_leaves_no_trace(kind: Animal, explainer: Explainer) -> None:
+    model, images = kind.model, kind.images()
+    unsettle(model)
+    before = images.clone()
+    targets = torch.tensor([0, 1, 1 if "one_logit" in kind.name else 2])
+    with unchanged(model):
+        if error := impossible(explainer, kind):
+            with pytest.raises(ConfigurationError, match=error):
+                explainer(model, images, targets, **fast(explainer))
+            return
+        maps = explainer(model, images, targets, **fast(explainer))
+    assert torch.equal(images, before)
+    check_maps(maps, images, explainer)
+    assert maps.abs().sum() > 0
+    if explainer.layer is None:
+        expected = getattr(references, explainer.name)(model, images, targets, **fast(explainer))
+        torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-5)
+        return
+    small = explainer(model, images, targets, upsample=False, **fast(explainer))
+    assert small.dtype == torch.float32
+    resized = nn.functional.interpolate(small[:, None], images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    torch.testing.assert_close(maps, resized)
+    if kind.layer is not None:
+        expected = getattr(references, explainer.name)(model, images, targets, kind.layer, **fast(explainer))
+        torch.testing.assert_close(small, expected, rtol=1e-4, atol=1e-5)
+        named = explainer(model, images, targets, layer=kind.layer, upsample=False, **fast(explainer))
+        torch.testing.assert_close(small, named)
+
+
+@over_explainers
+@over_zoo
+def test_leaves_no_trace_when_it_fails(kind: Animal, explainer: Explainer) -> None:
+    def fail(output: Any) -> Tensor:
+        raise ArithmeticError
+
+    model = kind.model
+    unsettle(model)
+    with unchanged(model), pytest.raises((ArithmeticError, ConfigurationError)):
+        explainer(model, kind.images(), fail, **fast(explainer))
+
+
+@over_explainers
+@over_zoo
+def test_chunks_change_nothing(kind: Animal, explainer: Explainer) -> None:
+    if impossible(explainer, kind):
+        return
+    images, targets = kind.images(7), torch.arange(7) % 2
+    whole = explainer(kind.model, images, targets, **fast(explainer))
+    assert whole.shape == (7, *kind.size)
+    torch.testing.assert_close(
+        whole, explainer(kind.model, images, targets, batch_size=3, **fast(explainer)), atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        whole[:1], explainer(kind.model, images[:1], targets[:1], **fast(explainer)), atol=1e-5, rtol=1e-5
+    )
+
+
+@over_explainers
+@over_zoo
+def test_predicted_classes_are_the_default(kind: Animal, explainer: Explainer) -> None:
+    if impossible(explainer, kind):
+        return
+    model, images = kind.model, kind.images()
+    model.eval()
+    with torch.no_grad():
+        output = model(images.clone())
+    if isinstance(output, dict):
+        output = output["logits"]
+    elif not isinstance(output, Tensor):
+        output = output.logits if hasattr(output, "logits") else output[0]
+    predicted = output.argmax(1) if output.ndim == 2 and output.shape[1] > 1 else (output.reshape(-1) > 0).long()
+    torch.testing.assert_close(
+        explainer(model, images, **fast(explainer)), explainer(model, images, predicted, **fast(explainer))
+    )
+
+
+@over_explainers
+@pytest.mark.parametrize("kind", [animal(name) for name in ("plain", "resnet", "dict", "overwriting")], ids=lambda each: each.name)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_works_in_every_grad_mode(kind: Animal, explainer: Explainer, mode: type) -> None:
+    model = kind.model
+    expected = explainer(model, kind.images(), torch.tensor([2, 1, 0]), **fast(explainer))
+    with mode():
+        images, targets = kind.images(), torch.tensor([2, 1, 0])  # inference tensors, in the one mode
+        before = images.clone()
+        with unchanged(model):
+            maps = explainer(model, images, targets, **fast(explainer))
+        assert torch.equal(images, before)
+        check_maps(maps, images, explainer)
+    torch.testing.assert_close(maps, expected)
+
+
+@over_explainers
+def test_explains_a_model_made_in_inference_mode(explainer: Explainer) -> None:
+    torch.manual_seed(1)
+    expected = explainer(Net(), torch.ones(2, 3, 8, 8), 1, **fast(explainer))
+    torch.manual_seed(1)
+    model = Net()
+    with torch.inference_mode():
+        model.first[1].running_mean = torch.zeros(6)  # as a metric or a norm may rebind its buffers in validation
+        model.head.weight.grad = torch.ones_like(model.head.weight)
+    with unchanged(model):
+        maps = explainer(model, torch.ones(2, 3, 8, 8), 1, **fast(explainer))
+    torch.testing.assert_close(maps, expected)
+
+
+@over_explainers
+@pytest.mark.parametrize("kind", [animal("plain"), animal("resnet")], ids=lambda each: each.name)
+def test_works_under_autocast(kind: Animal, explainer: Explainer) -> None:
+    images = kind.images()
+    expected = explainer(kind.model, images, 1, **fast(explainer))
+    with unchanged(kind.model), torch.autocast("cpu", torch.bfloat16):
+        maps = explainer(kind.model, images, 1, **fast(explainer))
+    check_maps(maps, images, explainer)
+    assert torch.nn.functional.cosine_similarity(maps.flatten(), expected.flatten(), dim=0) > 0.97
+    assert not torch.equal(maps, expected)
+
+
+@over_explainers
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_works_in_other_precisions(explainer: Explainer, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, images = Net().to(dtype), torch.rand(2, 3, 9, 9, dtype=dtype)
+    with unchanged(model):
+        maps = explainer(model, images, 1, **fast(explainer))
+    check_maps(maps, images, explainer)
+
+
+@over_explainers
+def test_targets_come_in_every_form(explainer: Explainer) -> None:
+    kind = animal("plain")
+    maps = explainer(kind.model, kind.images(), torch.tensor([2, 2, 2]), **fast(explainer))
+    for targets in (2, torch.tensor(2), torch.tensor([2, 2, 2], dtype=torch.int32)):
+        assert torch.equal(explainer(kind.model, kind.images(), targets, **fast(explainer)), maps)
+    if explainer.name != "cam":
+        by_score = explainer(kind.model, kind.images(), lambda output: output[:, 2], **fast(explainer))
+        torch.testing.assert_close(by_score, maps)
+        chunked = explainer(kind.model, kind.images(), lambda output: output[:, 2], batch_size=2, **fast(explainer))
+        torch.testing.assert_close(chunked, maps)
+
+
+@over_explainers
+def test_one_logit_speaks_for_class_one_against_class_zero(explainer: Explainer) -> None:
+    kind = animal("one_logit")
+    options = fast(explainer) | ({"channels": "sum"} if "channels" in explainer.options else {})
+    one, zero = (explainer(kind.model, kind.images(), target, **options) for target in (1, 0))
+    torch.testing.assert_close(one, -zero)
+
+
+@over_explainers
+def test_nothing_random_is_explained(explainer: Explainer) -> None:
+    model, images = nn.Sequential(Net(), nn.Dropout(0.9)).train(), torch.rand(2, 3, 9, 9)
+    options = fast(explainer) | ({"layer": "0.second"} if explainer.layer else {})
+    assert torch.equal(explainer(model, images, 1, **options), explainer(model, images, 1, **options))
+
+
+@over_explainers
+def test_a_layer_that_follows_no_module_is_found(explainer: Explainer) -> None:
+    if explainer.layer is None or explainer.name == "cam":
+        return
+    kind = animal("densenet")
+
+    class Visible(nn.Module):
+        """The same, with the functional activation as a module."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.relu = kind.model.features, nn.ReLU()
+            self.classifier = kind.model.classifier
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.classifier(self.relu(self.features(images)).mean((2, 3)))
+
+    torch.testing.assert_close(
+        explainer(kind.model, kind.images(), 1, **fast(explainer)),
+        explainer(Visible(), kind.images(), 1, layer="relu", **fast(explainer)),
+    )
+
+
+@over_explainers
+def test_use_chooses_a_call(explainer: Explainer) -> None:
+    kind = animal("repeating")
+    if explainer.layer is None or explainer.name == "cam":
+        return
+    first, last = (
+        explainer(kind.model, kind.images(), 1, layer="block", use=use, upsample=False, **fast(explainer))
+        for use in (0, -1)
+    )
+    assert (first.shape[-1], last.shape[-1]) == (28, 26)
+
+
+# ---- what surrounds a model in real life
+
+
+class Module(pl.LightningModule):
+    """Logs, counts and draws in its forward pass, and does more than it should in train() and eval()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+        self.seen = torchmetrics.MeanMetric()
+        self.kept = torchmetrics.CatMetric()
+        self.both = torchmetrics.MetricCollection(
+            [torchmetrics.Accuracy("multiclass", num_classes=CLASSES), torchmetrics.Recall("multiclass", num_classes=3)]
+        )
+        self.switched = 0
+        self.logged: list[str] = []
+
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+        self.logged.append(name)
+
+    def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
+        self.logged.extend(dictionary)
+
+    def train(self, mode: bool = True) -> Module:
+        self.switched += 1
+        return super().train(mode)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.net(images)
+        self.seen.update(images.mean())
+        self.kept(logits.detach().flatten())
+        self.both(logits.detach(), logits.detach().argmax(1))
+        self.log("mean", images.mean())
+        self.log_dict({"a": 1, "b": 2})
+        return logits
+
+
+@over_explainers
+@pytest.mark.parametrize("used", [False, True])
+def test_a_lightning_module_hears_nothing(explainer: Explainer, used: bool) -> None:
+    module = Module()
+    if used:
+        module(torch.rand(2, 3, 9, 9))
+        module.seen.compute()
+    switched, logged = module.switched, list(module.logged)
+    with unchanged(module):
+        check_maps(
+            explainer(module, images := torch.rand(2, 3, 9, 9), 1, **fast(explainer)), images, explainer
+        )
+    assert (module.switched, module.logged) == (switched, logged)
+    assert module.seen.update_count == module.kept.update_count == int(used)
+    module(torch.rand(2, 3, 9, 9))
+    assert module.both.compute()["MulticlassAccuracy"] == 1
+    assert module.logged == [*logged, "mean", "a", "b"]
+
+
+@over_explainers
+def test_compiled_models_run_eagerly_and_are_not_recompiled(explainer: Explainer) -> None:
+    # Every explainer compiles anew: a forward pass in training mode, the explanation, and the same pass again.
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    inner = Net().train()
+    frames = 0
+
+    def backend(graph: torch.fx.GraphModule, examples: Any) -> Any:
+        nonlocal frames
+        frames += 1
+        return graph.forward
+
+    model = torch.compile(inner, backend=backend)
+    images = torch.rand(2, 3, 9, 9)
+    model(images).sum().backward()
+    compiled = frames
+    assert compiled > 0
+    with unchanged(model):
+        maps = explainer(model, images, 1, **fast(explainer))
+    assert frames == compiled
+    model(images).sum().backward()
+    assert frames == compiled
+    torch.testing.assert_close(maps, explainer(inner, images, 1, **fast(explainer)))
+    if explainer.layer is not None:
+        for layer in ("second", "_orig_mod.second", inner.second):
+            torch.testing.assert_close(explainer(model, images, 1, layer=layer, **fast(explainer)), maps)
+    model(images).sum().backward()
+    assert frames == compiled
+    torch._dynamo.reset()
+
+
+@over_explainers
+@pytest.mark.parametrize("compiled", ["in place", "inside"])
+def test_compiled_parts_are_tapped(explainer: Explainer, compiled: str) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    expected = explainer(model, images := torch.rand(2, 3, 9, 9), 1, **fast(explainer))
+    if compiled == "in place":
+        model.compile(backend="eager")
+    else:
+        model.second = torch.compile(model.second, backend="eager")
+    model(images)
+    for layer in (None, "second") if explainer.layer else (None,):
+        options = {"layer": layer} if layer else {}
+        with unchanged(model):
+            maps = explainer(model, images, 1, **options, **fast(explainer))
+        torch.testing.assert_close(maps, expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@over_explainers
+def test_reentrant_checkpoints_are_refused_where_they_stand_in_the_way(explainer: Explainer) -> None:
+    torch.manual_seed(0)
+    model, images = Checkpointed(use_reentrant=True), torch.rand(2, 3, 12, 12)
+    if explainer.layer is not None:
+        check_maps(explainer(model, images, 1, layer="last", **fast(explainer)), images, explainer)
+    if explainer not in GRADIENTS and explainer.name != "smoothgrad":
+        return
+    for layer in ("stem", "block.0") if explainer.layer else (None,):
+        options = {"layer": layer} if layer else {}
+        with unchanged(model), pytest.raises(ConfigurationError, match="use_reentrant=False"):
+            explainer(model, images, 1, **options, **fast(explainer))
+
+
+@over_explainers
+def test_a_model_without_forward_takes_predict(explainer: Explainer) -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+    class LightningHolder(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+    images = torch.rand(2, 3, 9, 9)
+    for model in (Holder(), LightningHolder()):
+        with unchanged(model), pytest.raises(ConfigurationError, match=r"has no forward\(images\); pass predict="):
+            explainer(model, images, 1, **fast(explainer))
+        maps = explainer(model, images, 1, predict=lambda model, images: model.net(images), **fast(explainer))
+        torch.testing.assert_close(maps, explainer(model.net, images, 1, **fast(explainer)))
+
+
+@over_explainers
+def test_a_forward_that_draws_disturbs_no_stream(explainer: Explainer) -> None:
+    class Drawing(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images + 0 * torch.rand_like(images))
+
+    with unchanged(model := Drawing()):
+        explainer(model, torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(0)), 1, **fast(explainer))
+
+
+@over_explainers
+def test_constant_and_dead_models_give_finite_maps(explainer: Explainer) -> None:
+    model = Net()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    maps = explainer(model, torch.zeros(2, 3, 9, 9), **fast(explainer))
+    assert maps.isfinite().all()
+
+
+# ---- misuse fails at once, and says what to do
+
+
+@over_explainers
+@pytest.mark.parametrize(
+    ("images", "came"),
+    [
+        (torch.zeros(3, 8, 8), r"a tensor \(3, 8, 8\) of torch.float32"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"a tensor \(2, 3, 8, 8\) of torch.uint8"),
+        (torch.zeros(0, 3, 8, 8), r"a tensor \(0, 3, 8, 8\)"),
+        ([torch.zeros(3, 8, 8)], "a list"),
+        (None, "a NoneType"),
+    ],
+)
+def test_images_that_do_not_fit(explainer: Explainer, images: Any, came: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"floating tensor \(N, C, H, W\) with at least one image, got {came}"):
+        explainer(Net(), images, 1)
+
+
+@over_explainers
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (3, "target 3 is out of range; the model has the classes 0 to 2"),
+        (-1, "target -1 is out of range"),
+        (torch.tensor([0, 7]), "target 7 is out of range"),
+        (torch.tensor([0, 1, 2]), "targets has 3 entries, expected one class for each of the 2 images"),
+        (torch.tensor([[0], [1]]), r"targets has shape \(2, 1\), expected one class for each of the 2 images"),
+        (torch.tensor([0.0, 1.0]), r"targets are class numbers \(int64\), got torch.float32"),
+        (torch.tensor([True, False]), "got torch.bool"),
+    ],
+)
+def test_targets_that_do_not_fit(explainer: Explainer, targets: Any, message: str) -> None:
+    with unchanged(model := Net()), pytest.raises(ConfigurationError, match=message):
+        explainer(model, torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), targets)
+
+
+@over_explainers
+@pytest.mark.parametrize("batch_size", [0, -1, 2.0])
+def test_batch_sizes_that_do_not_fit(explainer: Explainer, batch_size: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"batch_size takes a positive integer or None, got {batch_size}"):
+        explainer(Net(), torch.rand(2, 3, 8, 8), 1, batch_size=batch_size)
+
+
+@over_explainers
+def test_models_that_do_not_fit(explainer: Explainer) -> None:
+    with pytest.raises(ConfigurationError, match=r"model is a torch.nn.Module, got a function"):
+        explainer(lambda images: images, torch.rand(2, 3, 8, 8))  # type: ignore[arg-type]
+
+
+@over_explainers
+@pytest.mark.parametrize(
+    "wrap", [lambda x: {"loss": x.sum(), "other": x}, lambda x: "logits", lambda x: [], lambda x: x.sum()]
+)
+def test_outputs_without_logits(explainer: Explainer, wrap: Any) -> None:
+    with pytest.raises(ConfigurationError, match="no logits found in the model's output, a.*otherwise pass predict="):
+        explainer(Net(wrap), torch.rand(2, 3, 8, 8), 0)
+
+
+@over_explainers
+def test_options_that_do_not_exist(explainer: Explainer) -> None:
+    with pytest.raises(ConfigurationError, match=f"{explainer.name} has no option 'colour'; it takes "):
+        explainer(Net(), torch.rand(2, 3, 8, 8), colour=1)
+
+
+@over_explainers
+def test_layers_that_do_not_fit(explainer: Explainer) -> None:
+    images = torch.rand(2, 3, 8, 8)
+    if explainer.layer is None:
+        with pytest.raises(ConfigurationError, match=f"{explainer.name} explains pixels and takes no layer; leave"):
+            explainer(Net(), images, layer="second")
+        return
+    call = partial(explainer, Net(), images, 1)
+    with pytest.raises(ConfigurationError, match=r"there is no layer 'secnd' in Net; did you mean 'second'"):
+        call(layer="secnd")
+    with pytest.raises(ConfigurationError, match="the layer Conv2d is not part of Net; pass a submodule"):
+        call(layer=nn.Conv2d(1, 1, 1))
+    with pytest.raises(ConfigurationError, match=r"'head' gives activations \(2, 3\).*choose a layer that gives"):
+        call(layer="head")
+
+
+@over_explainers
+def test_signature_and_pickle(explainer: Explainer) -> None:
+    parameters = inspect.signature(explainer).parameters
+    assert list(parameters)[:3] == ["model", "images", "targets"]
+    assert all(each.kind is each.KEYWORD_ONLY for each in list(parameters.values())[3:])
+    assert ("layer" in parameters) == ("upsample" in parameters) == (explainer.layer is not None)
+    assert {"batch_size", "predict", *explainer.options} <= set(parameters)
+    assert pickle.loads(pickle.dumps(explainer)) is explainer
+    assert repr(explainer) == f"<explainer {explainer.name}>"
+    assert explainer.__doc__
+    assert "Example" in explainer.__doc__
+    assert "Reference" in explainer.__doc__
+
+
+def test_the_zoo_is_as_labelled() -> None:
+    # What the other tests build on: a gap model's logit is the mean of a map plus a bias, and names resolve.
+    for kind in ANIMALS:
+        with torch.no_grad(), nullcontext():
+            kind.model.eval()(kind.images().clone())
+        if kind.layer is not None:
+            kind.model.get_submodule(kind.layer)

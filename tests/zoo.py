@@ -1,0 +1,202 @@
+"""Small models of every kind that the contract promises to explain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+from torchvision import models
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.models.vgg import VGG, make_layers
+from torchvision.models.vision_transformer import VisionTransformer
+
+CLASSES = 3
+
+
+def itself(logits: Tensor) -> Any:
+    return logits
+
+
+class Net(nn.Module):
+    """Two convolutions, global average pooling, one linear layer; ``wrap`` makes the output of the logits."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any] = itself, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+        self.second = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2), nn.ReLU(inplace=True), nn.Dropout2d(0.5))
+        self.head = nn.Linear(8, classes)
+        self.wrap = wrap
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.second(self.first(images))
+
+    def forward(self, images: Tensor) -> Any:
+        return self.wrap(self.head(self.features(images).mean((2, 3))))
+
+
+class Flattening(nn.Module):
+    """Like LeNet: activations by functions, and a flattening where others pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 5), nn.Conv2d(6, 8, 5)
+        self.fc1, self.fc2 = nn.Linear(8 * 5 * 5, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(images)), 2)
+        x = F.max_pool2d(F.relu_(self.conv2(x)), 2)
+        return self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
+
+
+class Repeating(nn.Module):
+    """Uses one block twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3)
+        self.block = nn.Sequential(nn.Conv2d(6, 6, 3), nn.ReLU(inplace=True))
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.block(self.block(self.stem(images))).mean((2, 3)))
+
+
+class Checkpointed(nn.Module):
+    """Checkpoints its middle block; ``last`` stands after it."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3)
+        self.block = nn.Sequential(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+        self.last = nn.Conv2d(6, 8, 3)
+        self.head = nn.Linear(8, CLASSES)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, images: Tensor) -> Tensor:
+        x: Tensor = checkpoint(self.block, self.stem(images), use_reentrant=self.use_reentrant)
+        return self.head(self.last(x).mean((2, 3)))
+
+
+class Overwriting(Net):
+    """Normalises its input in place."""
+
+    def forward(self, images: Tensor) -> Any:
+        return super().forward(images.sub_(0.5).div_(0.25))
+
+
+def frozen() -> nn.Module:
+    model = Net()
+    for parameter in [*model.first.parameters(), *model.second.parameters()]:
+        parameter.requires_grad = False
+    return model
+
+
+def vgg() -> nn.Module:
+    with torch.device("meta"):
+        model = VGG(nn.Sequential(), init_weights=False)  # type: ignore[no-untyped-call]
+    model.features = make_layers([8, "M", 8, "M", 12], batch_norm=True)
+    model.classifier = nn.Sequential(nn.Linear(12 * 49, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, CLASSES))
+    return model
+
+
+def convnext() -> nn.Module:
+    blocks = [CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)]
+    return ConvNeXt(blocks, num_classes=CLASSES, layer_scale=1.0)
+
+
+def vit() -> nn.Module:
+    model = VisionTransformer(
+        image_size=32, patch_size=8, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=CLASSES
+    )
+    nn.init.normal_(model.heads.head.weight)
+    return model
+
+
+def swin() -> nn.Module:
+    return SwinTransformer(
+        patch_size=[4, 4], embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=[4, 4], num_classes=CLASSES
+    )
+
+
+@dataclass(frozen=True)
+class Animal:
+    """A model of the zoo.
+
+    Args:
+        name: What the tests call it.
+        build: Makes a fresh one.
+        layer: What ``layer=None`` stands for; None where there is no such module.
+        gap: Whether it ends in global average pooling and one linear layer.
+        spatial: Whether ``layer=None`` stands for anything.
+        size: (H, W) of its images.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    layer: str | None = "second"
+    gap: bool = False
+    spatial: bool = True
+    size: tuple[int, int] = (32, 32)
+
+    @property
+    def model(self) -> nn.Module:
+        """One for all tests: no explanation may change it."""
+        return _living(self)
+
+    def images(self, n: int = 3) -> Tensor:
+        return torch.rand(n, 3, *self.size, generator=torch.Generator().manual_seed(n))
+
+
+@cache
+def _living(animal: Animal) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = animal.build()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):  # nothing that is the same as its default
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 1.5)
+        return model
+
+
+ANIMALS = [
+    Animal("plain", Net, gap=True, size=(14, 18)),
+    Animal("resnet", partial(models.resnet18, num_classes=CLASSES), "layer4", gap=True, size=(64, 64)),
+    Animal("vgg_bn", vgg, "features"),
+    Animal(
+        "densenet",
+        partial(
+            models.DenseNet, growth_rate=8, block_config=(2, 2), num_init_features=16, bn_size=2, num_classes=CLASSES
+        ),
+        None,
+        gap=True,
+    ),
+    Animal("mobilenet_v3", partial(models.mobilenet_v3_small, num_classes=CLASSES), "features", size=(64, 64)),
+    Animal("squeezenet", partial(models.squeezenet1_1, num_classes=CLASSES), "classifier.2", gap=True, size=(64, 64)),
+    Animal("convnext", convnext, "features"),
+    Animal("flattening", Flattening, None),
+    Animal("repeating", Repeating, "block", gap=True),
+    Animal("dict", partial(Net, wrap=lambda x: {"features": x[:, :2].sigmoid(), "logits": x}), gap=True),
+    Animal("object", partial(Net, wrap=lambda x: SimpleNamespace(loss=None, logits=x)), gap=True),
+    Animal("tuple", partial(Net, wrap=lambda x: (x, x.sigmoid())), gap=True),
+    Animal("one_logit", partial(Net, classes=1), gap=True),
+    Animal("one_logit_flat", partial(Net, wrap=lambda x: x[:, 0], classes=1), gap=True),
+    Animal("frozen", frozen, gap=True),
+    Animal("overwriting", Overwriting, gap=True),
+    Animal("checkpointed", partial(Checkpointed, use_reentrant=False), "last", gap=True),
+    Animal("vit", vit, None, spatial=False),
+    Animal("swin", swin, "permute", gap=True),
+    Animal("mlp", lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, CLASSES)), None, spatial=False),
+]
+
+
+def animal(name: str) -> Animal:
+    return next(each for each in ANIMALS if each.name == name)
