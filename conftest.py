@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.nn.modules import module as modules
 
-
 torch.set_num_threads(1)  # small models on shared cores: more threads only wait for one another
 
 

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     accuracy = float(trainer.callback_metrics["val_acc"])
     print(f"\nAccuracy on the test photographs: {accuracy:.1%}")
     print(f"The pictures are in {trainer.log_dir}. To look at them:\n")
-    print(f'    tensorboard --logdir "{args.log_dir}" --samples_per_plugin images=0\n')
+    print(f'    tensorboard --logdir "{args.log_dir}" --samples_per_plugin images=1000\n')
     return accuracy
 
 
@@ -174,14 +174,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--log-dir", type=Path, default=Path("runs"), metavar="DIR", help="folder for the logs (default: runs)"
     )
     parser.add_argument(
-        "--epochs", type=int, metavar="N", help="passes over the training images (default: 8, with --small 1)"
+        "--epochs", type=int, metavar="N", help="passes over the training images (default: 6, with --small 1)"
     )
-    parser.add_argument(
-        "--small", action="store_true", help="one epoch of two batches: a check that all is well"
-    )
+    parser.add_argument("--small", action="store_true", help="one epoch of two batches: a check that all is well")
     args = parser.parse_args(argv)
     if args.epochs is None:
-        args.epochs = 1 if args.small else 8
+        args.epochs = 1 if args.small else 6
     elif args.epochs < 1:
         parser.error("--epochs must be at least 1")
     if not args.download and not (args.data / "oxford-iiit-pet" / "annotations").is_dir():

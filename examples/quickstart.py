@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     accuracy = float(trainer.callback_metrics["val_acc"])
     print(f"\nValidation accuracy: {accuracy:.1%}")
     print(f"The pictures are in {trainer.log_dir}. To look at them:\n")
-    print(f'    tensorboard --logdir "{args.log_dir}" --samples_per_plugin images=0\n')
+    print(f'    tensorboard --logdir "{args.log_dir}" --samples_per_plugin images=1000\n')
     return accuracy
 
 
@@ -75,9 +75,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--epochs", type=int, metavar="N", help="passes over the training images (default: 8, with --small 2)"
     )
-    parser.add_argument(
-        "--small", action="store_true", help="a few images and seconds only: a check that all is well"
-    )
+    parser.add_argument("--small", action="store_true", help="a few images and seconds only: a check that all is well")
     args = parser.parse_args(argv)
     if args.epochs is None:
         args.epochs = 2 if args.small else 8

@@ -71,16 +71,23 @@ def undisturbed(module: nn.Module, *, parameters: bool = False) -> Iterator[None
         stack.enter_context(preserved_streams())
         for restore in _snapshots(module, modules, parameters):
             stack.callback(restore)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         for each in modules:
             # Not .eval(): users override train() and eval(), and those may do more than set the flag.
             each.training = False
+            if callable(getattr(each, "log", None)) and hasattr(each, "_current_fx_name"):
+                _mute(each)
+        for each in modules:
+            # Made in validation, say: no gradient passes through such a tensor, and none may be changed in place.
+            for name, buffer in each._buffers.items():
+                if buffer is not None and buffer.is_inference():
+                    each._buffers[name] = buffer.clone()
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
             if parameter.grad is not None:
                 parameter.grad = None
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
         stack.enter_context(_running_eagerly())
         yield
 
@@ -106,19 +113,22 @@ def _snapshots(module: nn.Module, modules: list[nn.Module], parameters: bool) ->
     yield _keep_values(list(module.buffers()))
     yield _keep_gradients(list(module.parameters()))
     for each in modules:
-        yield _keep_module(each)
         if _is_metric(each):
-            yield _keep_metric(each)
-        if callable(getattr(each, "log", None)) and hasattr(each, "_current_fx_name"):
-            yield _mute(each)
+            yield _keep_metric(each)  # put back after the module's attributes, whose tensors it may change in place
+        yield _keep_module(each)
 
 
 def _keep_module(module: nn.Module) -> Callable[[], None]:
-    mode = module.training
+    # Plain attributes, too: the mode, counters, and what a forward pass stashes, which would keep its graph alive.
+    attributes = {name: value for name, value in module.__dict__.items() if name not in _DICTIONARIES}
     kept = {name: value.copy() for name in _DICTIONARIES if (value := module.__dict__.get(name)) is not None}
 
     def restore() -> None:
-        module.training = mode
+        for name in module.__dict__.keys() - attributes.keys() - set(_DICTIONARIES):
+            del module.__dict__[name]
+        for name, value in attributes.items():
+            if name not in module.__dict__ or module.__dict__[name] is not value:
+                module.__dict__[name] = value
         for name, before in kept.items():
             now = module.__dict__[name]
             # Compared by identity of the entries: comparing tensors would compare their values.
@@ -146,64 +156,46 @@ def _keep_gradients(parameters: list[nn.Parameter]) -> Callable[[], None]:
 
 @torch.no_grad()
 def _keep_values(tensors: list[Any]) -> Callable[[], None]:
-    kept = [(tensor, tensor.detach().clone(), _version(tensor)) for tensor in tensors if _has_values(tensor)]
+    kept = [(tensor, tensor.detach().clone()) for tensor in tensors if _has_values(tensor)]
 
     @torch.no_grad()
     def restore() -> None:
-        for tensor, values, version in kept:
-            if version is None or _version(tensor) != version:
-                tensor.copy_(values)
+        # Always: batch norm changes its statistics without counting a version. And through .data, which counts none
+        # either: a graph that waits for its backward pass may have saved the tensor.
+        for tensor, values in kept:
+            tensor.data.copy_(values)
 
     return restore
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Lazy and meta tensors have nothing to keep."""
-    return not torch.nn.parameter.is_lazy(tensor) and tensor.device.type != "meta"
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+    """Lazy and meta tensors have nothing to keep; those made in inference mode cannot be changed in place."""
+    return not torch.nn.parameter.is_lazy(tensor) and tensor.device.type != "meta" and not tensor.is_inference()
 
 
 def _is_metric(module: nn.Module) -> bool:
     # Asked of the loaded modules, so that explaining a model without metrics never imports torchmetrics.
     torchmetrics = sys.modules.get("torchmetrics")
-    return torchmetrics is not None and isinstance(module, torchmetrics.Metric)
+    return torchmetrics is not None and isinstance(module, (torchmetrics.Metric, torchmetrics.MetricCollection))
 
 
-def _keep_metric(metric: Any) -> Callable[[], None]:
+def _keep_metric(metric: nn.Module) -> Callable[[], None]:
+    """Its states, counters and caches are plain attributes."""
+
     def copied(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.detach().clone()
+        if type(value) is dict:
+            return {key: copied(each) for key, each in value.items()}
         return [copied(each) for each in value] if isinstance(value, list) else value
 
-    states = {name: copied(getattr(metric, name)) for name in metric._defaults}
-    counters = {
-        name: metric.__dict__[name] for name in ("_update_count", "_computed", "_cache") if name in metric.__dict__
-    }
-
-    def restore() -> None:
-        metric.__dict__.update(counters)
-        for name, value in states.items():
-            setattr(metric, name, value)
-
-    return restore
+    kept = {name: copied(value) for name, value in metric.__dict__.items() if name not in _DICTIONARIES}
+    return lambda: metric.__dict__.update(kept)
 
 
-def _mute(module: nn.Module) -> Callable[[], None]:
-    """Make ``self.log`` and ``self.log_dict`` of a LightningModule say nothing."""
-    names = ("log", "log_dict")
-    kept = {name: module.__dict__[name] for name in names if name in module.__dict__}
-    for name in names:
-        module.__dict__[name] = _say_nothing
-
-    def restore() -> None:
-        for name in names:
-            module.__dict__.pop(name, None)
-        module.__dict__.update(kept)
-
-    return restore
+def _mute(module: nn.Module) -> None:
+    """Make ``self.log`` and ``self.log_dict`` of a LightningModule say nothing, until its attributes are put back."""
+    module.__dict__.update(log=_say_nothing, log_dict=_say_nothing)
 
 
 def _say_nothing(*args: object, **kwargs: object) -> None:

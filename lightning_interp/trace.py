@@ -95,6 +95,7 @@ class Trace:
         self._stack = ExitStack()
         self._kept: dict[Site, list[Tensor]] = {}
         self._leaf: Tensor | None = None
+        self._outputs: list[Any] = []
         self._recording = False
         self._gradients: dict[object, dict[Site | None, Tensor | None]] = {}
 
@@ -111,8 +112,19 @@ class Trace:
         self._kept.clear()
         self._gradients.clear()
         self._leaf = None
-        del self.output, self.logits
+        self._outputs.clear()
         self._stack.__exit__(kind, error, traceback)
+
+    @property
+    def output(self) -> Any:
+        """What the model returned."""
+        return self._outputs[0]
+
+    @property
+    def logits(self) -> Tensor:
+        """(N, K) the class scores in the output."""
+        logits: Tensor = self._outputs[1]
+        return logits
 
     @property
     def targets(self) -> Tensor | Callable[[Any], Tensor]:
@@ -198,10 +210,10 @@ class Trace:
         self._recording = True
         wants_graph = self._wants_inputs or any(self._sites.values())
         with torch.set_grad_enabled(wants_graph):
-            self.output = run_model(self.model, images, self.predict)
+            output = run_model(self.model, images, self.predict)
         # Checkpointed blocks run again in the backward pass: the taps must act there, too, but keep nothing.
         self._recording = False
-        self.logits = output_logits(self.output)
+        self._outputs += [output, output_logits(output)]
         if len(self.logits) != len(images):
             raise ConfigurationError(
                 f"the model gave {len(self.logits)} outputs for {len(images)} images; expected one for each"
@@ -356,18 +368,20 @@ def locate(
         return Site(layer_name(model, module), module, use=use)
     if images is None:
         raise ConfigurationError("to find the last spatial layer, locate needs images")
-    checked_images(images)
-    structure = tuple(map(id, model.modules()))
-    key = (tuple(images.shape[1:]), predict)
-    known = _last_spatial.setdefault(model, {})
-    if key not in known or known[key][0] != structure:
-        with undisturbed(model), torch.no_grad():
-            known[key] = (structure, _find_last_spatial(model, images[:1], predict))
-    return known[key][1]
+    structure = (checked_images(images).shape[1:], *map(id, model.modules()))
+    known = _last_spatial.get(model)
+    if predict is None and known is not None and known[0] == structure:
+        return known[1]
+    with undisturbed(model), torch.no_grad():
+        site = _find_last_spatial(model, images[:1], predict)
+    if predict is None:
+        _last_spatial[model] = (structure, site)
+    return site
 
 
-# Searching costs a forward pass of one image; the answer stays right while the model keeps its modules.
-_last_spatial: WeakKeyDictionary[nn.Module, dict[Any, tuple[tuple[int, ...], Site]]] = WeakKeyDictionary()
+# Searching costs a forward pass of one image; the answer stays right while the model keeps its modules. With a
+# ``predict`` it is searched anew: most are made for one call, and may hold the model, which then would never be freed.
+_last_spatial: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Site]] = WeakKeyDictionary()
 
 
 def _find_last_spatial(model: nn.Module, images: Tensor, predict: Predict | None) -> Site:
@@ -437,10 +451,13 @@ class _PoolingWatcher(TorchFunctionMode):
             site = self._site_of(entering, func, name, call)
         result = func(*args, **(kwargs or {}))
         self._convolved |= name in self._WEIGHTED
+        # x.flatten(2).mean(-1) pools; flattened alone, places may become a transformer's tokens.
+        if entering is not None and entering.ndim == 3 and id(entering) in self._entered and name in self._REDUCTIONS:
+            self.found = self._entered[id(entering)][2]
         if site is not None and isinstance(result, Tensor) and entering is not None:
             if id(entering) in self._entered:
                 site = self._entered[id(entering)][2]
-            if name in self._TRANSPARENT:
+            if name in self._TRANSPARENT or result.shape == (*entering.shape[:2], entering.shape[2:].numel()):
                 self._entered[id(result)] = (result, entering, site)
             if entering.shape[2:].numel() > 1 and self._takes_location(name, entering, result):
                 self.found = site

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+_TORCHS_OWN = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
+
 
 def state_of(model: nn.Module) -> dict[str, Any]:
     """Everything of a model, and of the process, that an explanation may not change."""
@@ -23,8 +25,8 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     }
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            # Containers are compared by their entries, and those by identity.
-            state[f"{name}.{key}"] = _Same(list(value.items())) if isinstance(value, dict) else _copied(value)
+            # What torch keeps (hooks, parameters, submodules) is compared by the identity of its entries.
+            state[f"{name}.{key}"] = _Same(list(value.items())) if key in _TORCHS_OWN else _copied(value)
         for key, buffer in module._buffers.items():
             state[f"{name}.{key} value"] = _copied(buffer)
         for key, parameter in module._parameters.items():
@@ -74,6 +76,8 @@ class _Same(list[Any]):
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
+    if type(value) is dict:
+        return {key: _copied(each) for key, each in value.items()}
     return [_copied(each) for each in value] if isinstance(value, list) else value
 
 
@@ -84,8 +88,14 @@ def _equal(one: Any, other: Any) -> bool:
         return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, np.ndarray):
         return bool((one == other).all())
+    if isinstance(one, dict):
+        return isinstance(other, dict) and list(one) == list(other) and all(_equal(one[key], other[key]) for key in one)
     if isinstance(one, list):
-        return len(one) == len(other) and all(_equal(a, b) for a, b in zip(one, other, strict=True))
+        return (
+            isinstance(other, list)
+            and len(one) == len(other)
+            and all(_equal(a, b) for a, b in zip(one, other, strict=True))
+        )
     return one is other or bool(one == other)
 
 

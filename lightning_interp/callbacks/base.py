@@ -19,7 +19,7 @@ from lightning_interp.layers import find_layer
 from lightning_interp.probe import Probe
 from lightning_interp.records import Record
 from lightning_interp.schedule import Schedule
-from lightning_interp.trace import Site, Targets, Trace, locate
+from lightning_interp.trace import Site, Targets, Trace
 
 __all__ = ["Monitor", "MonitorOptions", "ProbeMonitor", "ProbeMonitorOptions"]
 
@@ -292,6 +292,11 @@ class ProbeMonitor(Monitor):
         return isinstance(self.method, Explainer)
 
     @property
+    def wants_layer(self) -> bool:
+        """Whether the method needs a layer."""
+        return isinstance(self.method, Explainer) and self.method.layer is not None
+
+    @property
     def wants_layer_gradients(self) -> bool:
         """Whether the method needs the gradient towards its layer."""
         return isinstance(self.method, Explainer) and self.method.layer == "gradients"
@@ -309,12 +314,6 @@ class ProbeMonitor(Monitor):
     def tags(self, module: LightningModule) -> list[str]:
         """One picture."""
         return [self.tag(self.method_name)]
-
-    def site(self, module: nn.Module, images: Tensor, predict: Callable[..., Any]) -> Site | None:
-        """The layer that the method needs, if it needs one."""
-        if not isinstance(self.method, Explainer) or self.method.layer is None:
-            return None
-        return locate(module, self.layer, images, predict=predict)
 
     def targets(self, labels: Tensor | None) -> Targets:
         """What is explained of images with these labels."""

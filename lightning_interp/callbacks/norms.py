@@ -20,9 +20,9 @@ from lightning_interp.weights import Layers, check_order, parameter_norms
 __all__ = ["NormMonitor"]
 
 _TITLES = {
-    "weight": "norm of the weights",
-    "gradient": "norm of the gradients",
-    "update_ratio": "update over weight, the step before the look",
+    "weight": "weights",
+    "gradient": "gradients",
+    "update_ratio": "update / weight",
 }
 _COLUMNS = 50  # of the picture
 
@@ -149,8 +149,9 @@ class NormMonitor(Monitor):
                 if there:
                     yield Scalar(self.tag(f"{what}/{name}"), value)
             yield Scalar(self.tag(f"{what}/total"), found.values[-1])
-            title = f"{_TITLES[what]}, each layer at each logged step"
-            picture = history_heatmap(found.names, found.steps, found.table, title, f"L{order} norm")
+            label = f"ratio of L{order} norms" if what == "update_ratio" else f"L{order} norm"
+            title = f"{_TITLES[what]}, layers by logged steps"
+            picture = history_heatmap(found.names, found.steps, found.table, title, label)
             yield Picture(self.tag(what), picture)
         # Before the first step only weights are seen, but TensorBoard takes a layout once.
         charts = {what: [rf"{re.escape(self.tag(what))}/.*"] for what in self._kinds()}

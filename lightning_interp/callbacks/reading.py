@@ -34,10 +34,13 @@ def is_last_step(trainer: Trainer, module: LightningModule) -> bool:
 
 def probe_loader(trainer: Trainer) -> Any:
     """The loader that probes come from by default: the stage's first; training's where there is none."""
-    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders or trainer.train_dataloader
-    while isinstance(loaders, (list, tuple, dict)) and loaders:
-        loaders = next(iter(loaders.values())) if isinstance(loaders, dict) else loaders[0]
-    return loaders
+    stages = [trainer.test_dataloaders] if trainer.testing else [trainer.val_dataloaders, trainer.train_dataloader]
+    for found in stages:
+        while isinstance(found, (list, tuple, dict)):
+            found = next(iter(found.values() if isinstance(found, dict) else found), None)
+        if found is not None:  # a loader's own truth is its length, and a stream has none
+            return found
+    return None
 
 
 def looks_indexable(dataset: object) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from lightning_interp._lightning import LightningModule, Trainer
 from lightning_interp.callbacks import reading
@@ -22,7 +23,7 @@ from lightning_interp.guard import undisturbed
 from lightning_interp.probe import Probe
 from lightning_interp.records import Record, ScalarLayout
 from lightning_interp.sinks import BackgroundWriter, Sink
-from lightning_interp.trace import Predict, Site, Trace
+from lightning_interp.trace import Predict, Site, Trace, locate
 
 if TYPE_CHECKING:
     from lightning_interp.callbacks.base import Monitor, ProbeMonitor
@@ -48,6 +49,7 @@ class Session:
         self.writer = BackgroundWriter()
         self._probes: dict[object, Probe | None] = {}
         self._forwards: dict[Predict | None, Predict] = {}
+        self._sites: dict[object, Site] = {}
         self._resting: set[Monitor] = set()
         self._failed: dict[Monitor, Exception] = {}  # not yet settled
         self._capturing: set[Monitor] = set()
@@ -274,7 +276,7 @@ class Session:
         for index, monitor in group.items():
             predict = self._forward(monitor.predict)
             with _noting(errors, [index]):
-                sites[index] = site = monitor.site(module, images, predict)
+                sites[index] = site = self._site(monitor, module, images)
                 if site is not None:
                     layers[site] = layers.get(site, False) or monitor.wants_layer_gradients
         inputs = any(group[index].wants_input_gradients for index in sites)
@@ -300,6 +302,15 @@ class Session:
         if predict not in self._forwards:
             self._forwards[predict] = functools.partial(reading.forward, self.trainer.precision_plugin, predict)
         return self._forwards[predict]
+
+    def _site(self, monitor: ProbeMonitor, module: LightningModule, images: Tensor) -> Site | None:
+        """A monitor's layer. Searching costs a forward pass; the answer holds while the model keeps its modules."""
+        if not monitor.wants_layer:
+            return None
+        key = (monitor.layer, monitor.predict, images.shape[1:], *map(id, module.modules()))
+        if key not in self._sites:
+            self._sites[key] = locate(module, monitor.layer, images, predict=self._forward(monitor.predict))
+        return self._sites[key]
 
     def _probe(self, monitor: ProbeMonitor) -> Probe:
         probe = self._probes[_probe_key(monitor)]

@@ -19,10 +19,7 @@ _LIGHTNINGS_OWN = [
     "ignore:The number of training batches .* is smaller than the logging interval",
     "ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated",
     "ignore:Checkpoint directory .* exists and is not empty",
-    "ignore:Starting from v1.9.0, `tensorboardX` has been removed",
-    "ignore:.*you have defined `validation_step` but have no `val_dataloader`",
-    "ignore:You passed in a `val_dataloader` but have no `validation_step`",
-    "ignore:GPU available but not used",
+    "ignore:You defined a `validation_step` but have no `val_dataloader`",
     "ignore:Found .* module\\(s\\) in eval mode at the start of training",
 ]
 

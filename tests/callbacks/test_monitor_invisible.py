@@ -120,9 +120,6 @@ def test_a_failing_explanation_warns_once_rests_and_leaves_no_trace(
         assert steps(memory, tag) == [0, 2, 5], tag
 
 
-@pytest.mark.xfail(
-    reason="guard restores buffers by their version, which batch_norm in training mode does not raise", strict=True
-)
 def test_running_statistics_are_put_back_where_an_explanation_trains_the_model(
     memory: MemorySink, alone: dict[str, Any]
 ) -> None:

@@ -135,10 +135,9 @@ def test_training_goes_on_where_nothing_can_be_written(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(FileSink, "flush", full)
     module = Net()
-    with pytest.warns(UserWarning, match="No space left on device") as caught:
+    with pytest.warns(UserWarning, match="No space left on device"):
         fit([NormMonitor(), FilterMonitor()], module, default_root_dir=str(tmp_path))
     assert module.trained == 6
-    assert len([each for each in caught if "FileSink failed" in str(each.message)]) == 1
 
 
 def test_training_goes_on_where_a_record_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
