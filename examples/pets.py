@@ -120,7 +120,7 @@ class PetClassifier(pl.LightningModule):
         maps = nn.Conv2d(512, num_classes, kernel_size=1)
         nn.init.zeros_(maps.weight)  # the features are large: with random weights the first steps would wreck them
         nn.init.zeros_(maps.bias)
-        # Without the ReLU that stood before the pooling: under it, a class of so few photographs can fall silent for good.
+        # The original has a ReLU before the pooling; left out, since a new class can fall silent under it for good.
         network.classifier = nn.Sequential(nn.Dropout(0.5), maps, nn.AdaptiveAvgPool2d(1))
         self.network = network
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from lightning_interp.errors import ConfigurationError
+from lightning_interp.errors import ConfigurationError, describe
 
 __all__ = ["as_images", "describe", "read_class_names", "read_labels", "read_normalization", "unpack_batch"]
 
@@ -110,43 +110,6 @@ def as_images(value: Any, what: str = "images") -> Tensor:
     # Subclasses such as torchvision's Image bring dispatch of their own, which explaining has no use for.
     plain = value.as_subclass(Tensor)
     return plain if plain.is_floating_point() else plain.to(torch.float32)
-
-
-def describe(value: Any, depth: int = 3) -> str:
-    """Say what something is in a few words, for an error: types, shapes, keys.
-
-    Args:
-        value: Anything.
-        depth: How many levels of containers to open.
-
-    Returns:
-        One line.
-
-    Example:
-        >>> import torch
-        >>> from lightning_interp.batches import describe
-        >>> describe({"a": torch.zeros(2, 3), "b": [1, "text"]})
-        'dict {a: float32 (2, 3), b: list (int, str)}'
-    """
-    kind = type(value).__name__
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    if isinstance(value, np.ndarray):
-        return f"ndarray {value.dtype} {value.shape}"
-    opened: list[str]
-    if isinstance(value, Mapping):
-        opened = [f"{key}: {describe(item, depth - 1)}" for key, item in value.items()] if depth else []
-        marks = "{}"
-    elif isinstance(value, (list, tuple)):
-        opened = [describe(item, depth - 1) for item in value] if depth else []
-        marks = "()"
-    else:
-        own = vars(value) if hasattr(value, "__dict__") and not isinstance(value, type) else {}
-        tensors = {name: item for name, item in own.items() if isinstance(item, Tensor)}
-        opened = [f"{name}: {describe(item)}" for name, item in tensors.items()]
-        return f"{kind} with {', '.join(opened)}" if opened else kind
-    shown = opened if len(opened) <= 6 else [*opened[:6], f"... {len(opened)} in all"]
-    return f"{kind} {marks[0]}{', '.join(shown)}{marks[1]}"
 
 
 def read_labels(dataset: Any) -> list[Any] | None:

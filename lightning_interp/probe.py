@@ -18,13 +18,12 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from lightning_interp.batches import (
     as_images,
-    describe,
     read_class_names,
     read_labels,
     read_normalization,
     unpack_batch,
 )
-from lightning_interp.errors import ConfigurationError
+from lightning_interp.errors import ConfigurationError, describe
 
 __all__ = ["Probe", "spread_indices"]
 

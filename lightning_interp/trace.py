@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_interp.errors import ConfigurationError
+from lightning_interp.errors import ConfigurationError, describe
 from lightning_interp.guard import undisturbed
-from lightning_interp.layers import find_layer, layer_name, original, plain_name
+from lightning_interp.outputs import Predict, checked_images, first_tensor, output_logits, run_model
 
-__all__ = ["Predict", "Site", "Targets", "Trace", "locate", "output_logits"]
+__all__ = ["Site", "Targets", "Trace", "listening"]
 
-Predict = Callable[[nn.Module, Tensor], Any]
 Targets = int | Tensor | Callable[[Any], Tensor] | None
-LayerLike = str | nn.Module | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +52,8 @@ class Trace:
         images: (N, C, H, W) floating, as the model takes them.
         targets: What is explained: a class for all images, int64 (N,) classes, a callable from the model's output to
             scores (N,), or None for each image's predicted class.
-        layers: The sites to tap (see :func:`locate`), each with whether its gradient is wanted.
+        layers: The sites to tap (see :func:`~lightning_interp.spatial.locate`), each with whether its gradient is
+            wanted.
         input_gradients: Whether the gradient towards the images is wanted.
         predict: How to run the model, ``predict(model, images)``; None calls it.
         offset: Where ``images`` start in the batch they were cut from.
@@ -66,6 +64,7 @@ class Trace:
 
     Example:
         >>> import torch
+        >>> from lightning_interp.spatial import locate
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.LazyLinear(2))
         >>> _ = model(torch.zeros(1, 3, 8, 8))
         >>> convolution = locate(model, "0")
@@ -269,7 +268,7 @@ class Trace:
             scores = targets(self.output)
             if not isinstance(scores, Tensor) or scores.shape != (len(self.images),):
                 raise ConfigurationError(
-                    f"the callable given as targets gave {_described(scores)}, expected scores ({len(self.images)},)"
+                    f"the callable given as targets gave {describe(scores)}, expected scores ({len(self.images)},)"
                 )
             return scores.float()
         if self.logits.shape[1] == 1:
@@ -332,220 +331,30 @@ class _FunctionTap(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def locate(
-    model: nn.Module,
-    layer: LayerLike = None,
-    images: Tensor | None = None,
-    *,
-    use: int = -1,
-    predict: Predict | None = None,
-) -> Site:
-    """Find the tensor that a user means by ``layer``.
+@contextmanager
+def listening(modules: Mapping[str, nn.Module], heard: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
+    """Listen to forward passes that run anyway; what passes is left as it is.
 
     Args:
-        model: The model.
-        layer: A submodule or its dotted name, or None for the tensor that enters the final pooling or flattening.
-        images: (N, C, H, W): needed for None, where the first image is run through the model once.
-        use: Which call of the module is meant where it is used more than once.
-        predict: How to run the model, ``predict(model, images)``; None calls it.
-
-    Returns:
-        The site to open a :class:`Trace` with.
-
-    Raises:
-        ConfigurationError: If the model has no such layer.
+        modules: Named modules.
+        heard: Called with a module's name, the module and its output, each time it ran.
 
     Example:
         >>> import torch
-        >>> from torch import nn
-        >>> body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-        >>> model = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-        >>> locate(model, None, torch.rand(1, 3, 8, 8)).name
-        '0'
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> with listening(dict(model.named_children()), lambda name, module, output: print(name, output.shape)):
+        ...     _ = model(torch.zeros(1, 2))
+        0 torch.Size([1, 3])
+        1 torch.Size([1, 3])
     """
-    if layer is not None:
-        module = find_layer(model, layer)
-        return Site(layer_name(model, module), module, use=use)
-    if images is None:
-        raise ConfigurationError("to find the last spatial layer, locate needs images")
-    structure = (checked_images(images).shape[1:], *map(id, model.modules()))
-    known = _last_spatial.get(model)
-    if predict is None and known is not None and known[0] == structure:
-        return known[1]
-    with undisturbed(model), torch.no_grad():
-        site = _find_last_spatial(model, images[:1], predict)
-    if predict is None:
-        _last_spatial[model] = (structure, site)
-    return site
 
+    def hook(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        heard(name, module, output)
 
-# Searching costs a forward pass of one image; the answer stays right while the model keeps its modules. With a
-# ``predict`` it is searched anew: most are made for one call, and may hold the model, which then would never be freed.
-_last_spatial: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Site]] = WeakKeyDictionary()
-
-
-def _find_last_spatial(model: nn.Module, images: Tensor, predict: Predict | None) -> Site:
-    watcher = _PoolingWatcher()
-    hooks = [
-        module.register_forward_hook(watcher.module_hook(name, module))
-        for name, module in model.named_modules()
-        if name and original(module) is module
-    ]
-    try:
-        with watcher:
-            output = run_model(model, images.detach().clone(), predict)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    advice = "name a layer that gives (N, C, h, w) activations with layer=..."
-    if watcher.found is None:
-        raise ConfigurationError(
-            f"{type(model).__name__} has no spatial layer: no convolution's output enters a final pooling or "
-            f"flattening; {advice}"
-        )
-    if output_logits(output).ndim > 2:
-        raise ConfigurationError(
-            f"the output of {type(model).__name__} is itself spatial, {_described(output_logits(output))}, so there is "
-            f"no final pooling to start from; {advice}"
-        )
-    return watcher.found
-
-
-class _PoolingWatcher(TorchFunctionMode):
-    """Watches a forward pass for the last call that takes location away, and names the tensor that enters it."""
-
-    _WEIGHTED = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "matmul", "einsum"})
-    # A flattening that follows an average pooling (VGG, AlexNet) or dropout is preceded by what entered those.
-    _TRANSPARENT = frozenset({"adaptive_avg_pool2d", "avg_pool2d", "dropout", "dropout2d", "feature_dropout"})
-    _REDUCTIONS = frozenset({"mean", "sum", "amax"})
-    # A norm over channels turns (N, 1, 1, C) back to (N, C, 1, 1): that is no pooling.
-    _REORDERINGS = frozenset({"permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Site | None = None
-        self._convolved = False
-        self._calls: Counter[Any] = Counter()
-        self._uses: Counter[nn.Module] = Counter()
-        # All results are held until the end: an id is only unique among the living.
-        self._outputs: list[tuple[str, nn.Module, int, Tensor, int]] = []
-        self._entered: dict[int, tuple[Tensor, Tensor, Site]] = {}
-
-    def module_hook(self, name: str, module: nn.Module) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                self._outputs.append((plain_name(name), module, self._uses[module], output, output._version))
-            self._uses[module] += 1
-
-        return hook
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        call = self._calls[func]
-        self._calls[func] += 1
-        name = getattr(func, "__name__", "")
-        entering = args[0] if args and isinstance(args[0], Tensor) else None
-        site = None
-        if entering is not None and self._convolved and entering.ndim == 4 and self._has_places(name, entering):
-            site = self._site_of(entering, func, name, call)
-        result = func(*args, **(kwargs or {}))
-        self._convolved |= name in self._WEIGHTED
-        # x.flatten(2).mean(-1) pools; flattened alone, places may become a transformer's tokens.
-        if entering is not None and entering.ndim == 3 and id(entering) in self._entered and name in self._REDUCTIONS:
-            self.found = self._entered[id(entering)][2]
-        if site is not None and isinstance(result, Tensor) and entering is not None:
-            if id(entering) in self._entered:
-                site = self._entered[id(entering)][2]
-            if name in self._TRANSPARENT or result.shape == (*entering.shape[:2], entering.shape[2:].numel()):
-                self._entered[id(result)] = (result, entering, site)
-            if entering.shape[2:].numel() > 1 and self._takes_location(name, entering, result):
-                self.found = site
-        return result
-
-    def _has_places(self, name: str, entering: Tensor) -> bool:
-        # VGG's adaptive pooling makes many places of one, where images are small.
-        return entering.shape[2:].numel() > 1 or name in self._TRANSPARENT
-
-    def _takes_location(self, name: str, entering: Tensor, result: Tensor) -> bool:
-        n, c, h, w = entering.shape
-        if result.ndim == 4:
-            return tuple(result.shape[2:]) == (1, 1) and name not in self._REORDERINGS
-        if result.ndim == 3:
-            return name in self._REDUCTIONS and tuple(result.shape) in {(n, c, h), (n, c, w)}
-        return result.ndim == 2 and len(result) == n
-
-    def _site_of(self, tensor: Tensor, function: Any, name: str, call: int) -> Site:
-        """The outermost module whose output the tensor is, unless it was changed in place since; else the call."""
-        for module_name, module, use, output, version in reversed(self._outputs):
-            if output is tensor and version == tensor._version:
-                return Site(module_name, module, use=use if self._uses[module] > 1 else -1)
-        return Site(f"input of {name}", function=function, use=call)
-
-
-def run_model(model: nn.Module, images: Tensor, predict: Predict | None) -> Any:
-    """The model's output, with a helpful error where it has no ``forward``."""
-    if predict is not None:
-        return predict(model, images)
-    try:
-        return model(images)
-    except NotImplementedError as error:
-        # torch's own placeholder raises it; so does Lightning's, which calls torch's.
-        if _has_forward(model):
-            raise
-        raise ConfigurationError(
-            f"{type(model).__name__} has no forward(images); pass predict=lambda model, images: ... that returns the "
-            "logits"
-        ) from error
-
-
-def _has_forward(model: nn.Module) -> bool:
-    forward = inspect.unwrap(type(model).forward)
-    return forward.__module__.split(".")[0] not in {"torch", "lightning", "pytorch_lightning"}
-
-
-def output_logits(output: Any) -> Tensor:
-    """The class scores (N, K) in whatever a model returned.
-
-    Args:
-        output: A tensor, a mapping or an object with ``logits``, or a tuple whose first tensor they are; one
-            logit an image may come as (N,).
-
-    Returns:
-        The tensor.
-
-    Raises:
-        ConfigurationError: If nothing like that is there.
-
-    Example:
-        >>> import torch
-        >>> output_logits({"logits": torch.zeros(2, 5), "features": torch.zeros(2, 8)}).shape
-        torch.Size([2, 5])
-    """
-    found: Any = output
-    if isinstance(output, Mapping):
-        tensors = [value for value in output.values() if isinstance(value, Tensor)]
-        named = [output[name] for name in ("logits", "out", "output", "scores") if name in output]
-        found = named[0] if named else tensors[0] if len(tensors) == 1 else None
-    elif not isinstance(output, Tensor) and hasattr(output, "logits"):
-        found = output.logits
-    elif isinstance(output, (tuple, list)):
-        found = first_tensor(output)
-    if not isinstance(found, Tensor) or found.ndim == 0:
-        raise ConfigurationError(
-            f"no logits found in the model's output, {_described(output)}; expected a tensor (N, K), a mapping or "
-            "object with 'logits', or a tuple that starts with them; otherwise pass predict=lambda model, images: ..."
-        )
-    return found[:, None] if found.ndim == 1 else found
-
-
-def first_tensor(output: Any) -> Tensor | None:
-    """The tensor, or the first one in a tuple or list."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, (tuple, list)):
-        return next((each for each in output if isinstance(each, Tensor)), None)
-    return None
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(partial(hook, name)).remove)
+        yield
 
 
 def _replaced(output: Any, old: Tensor, new: Tensor) -> Any:
@@ -553,20 +362,3 @@ def _replaced(output: Any, old: Tensor, new: Tensor) -> Any:
         return new
     items: Iterable[Any] = (new if each is old else each for each in output)
     return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
-
-
-def checked_images(images: Any) -> Tensor:
-    """The images, where they fit the contract; otherwise a :class:`ConfigurationError`."""
-    if not isinstance(images, Tensor) or images.ndim != 4 or 0 in images.shape or not images.is_floating_point():
-        raise ConfigurationError(
-            f"images are a floating tensor (N, C, H, W) with at least one image, got {_described(images)}"
-        )
-    return images
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} of {value.dtype}"
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with {', '.join(map(repr, list(value)[:8]))}"
-    return f"a {type(value).__name__}"

@@ -17,13 +17,12 @@ from torchvision.transforms import v2
 
 from lightning_interp.batches import (
     as_images,
-    describe,
     read_class_names,
     read_labels,
     read_normalization,
     unpack_batch,
 )
-from lightning_interp.errors import ConfigurationError
+from lightning_interp.errors import ConfigurationError, describe
 
 X = torch.arange(3 * 2 * 4 * 5, dtype=torch.float32).reshape(3, 2, 4, 5)
 Y = torch.tensor([2, 0, 1])

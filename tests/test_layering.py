@@ -22,8 +22,10 @@ ALLOWED: dict[str, set[str]] = {
     "batches": set(),
     "_lightning": set(),
     "probe": {"batches"},
-    "trace": {"layers", "guard"},
-    "explain": {"trace", "layers", "records", "guard"},
+    "outputs": set(),
+    "trace": {"outputs", "guard"},
+    "spatial": {"trace", "outputs", "layers", "guard"},
+    "explain": {"trace", "spatial", "outputs", "layers", "records", "guard"},
     "units": {"trace", "layers", "records", "explain"},
     "weights": {"trace", "layers", "records"},
     "localize": {"trace", "layers", "records"},
@@ -31,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "sinks": {"records"},
     "distributed": {"_lightning"},
     "callbacks": {
-        *("_lightning", "distributed", "explain", "guard", "layers", "localize", "probe"),
+        *("_lightning", "distributed", "explain", "guard", "layers", "localize", "outputs", "probe", "spatial"),
         *("records", "render", "schedule", "sinks", "trace", "units", "weights"),
     },
 }

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torchvision import models
 
 from lightning_interp.errors import ConfigurationError
-from lightning_interp.trace import Site, Trace, locate, output_logits
+from lightning_interp.outputs import output_logits
+from lightning_interp.spatial import locate
+from lightning_interp.trace import Site, Trace
 from tests.states import unchanged
 from tests.zoo import Net, animal, swin, vgg
 
@@ -283,8 +285,8 @@ def test_one_logit_has_two_classes() -> None:
         (torch.tensor([0, 1]), r"targets has shape \(2,\), expected one class for each of the 4 images"),
         (1.5, r"targets are class numbers \(int64\), got torch.float32"),
         (True, "got torch.bool"),
-        (lambda output: output, r"callable given as targets gave a tensor \(4, 3\) .*, expected scores \(4,\)"),
-        (lambda output: 1.0, r"callable given as targets gave a float, expected scores \(4,\)"),
+        (lambda output: output, r"callable given as targets gave float32 \(4, 3\), expected scores \(4,\)"),
+        (lambda output: 1.0, r"callable given as targets gave float, expected scores \(4,\)"),
         (lambda output: output[:, 0].detach(), "the explained score carries no gradient: the model computes it under"),
     ],
 )
@@ -500,7 +502,7 @@ def test_pooling_by_methods(take: str) -> None:
         (lambda: animal("vit").model, "VisionTransformer has no spatial layer: .*name a layer that"),
         (
             lambda: models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=2),
-            r"output of LRASPP is itself spatial, a tensor \(1, 2, 32, 32\).*name a layer that",
+            r"output of LRASPP is itself spatial, float32 \(1, 2, 32, 32\).*name a layer that",
         ),
     ],
     ids=["mlp", "vit", "segmentation"],

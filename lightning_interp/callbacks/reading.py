@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from lightning_interp._lightning import LightningModule, Trainer, rank_zero_info
+from lightning_interp.outputs import Predict, run_model
 from lightning_interp.sinks import FileSink, Sink, TensorBoardSink
-from lightning_interp.trace import Predict, run_model
 
 __all__ = ["forward", "is_last_step", "logged_step", "looks_indexable", "probe_loader", "sinks", "transfer"]
 

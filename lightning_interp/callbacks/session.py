@@ -20,10 +20,12 @@ from lightning_interp.callbacks import reading
 from lightning_interp.distributed import Ranks
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.guard import undisturbed
+from lightning_interp.outputs import Predict
 from lightning_interp.probe import Probe
 from lightning_interp.records import Record, ScalarLayout
 from lightning_interp.sinks import BackgroundWriter, Sink
-from lightning_interp.trace import Predict, Site, Trace, locate
+from lightning_interp.spatial import locate
+from lightning_interp.trace import Site, Trace
 
 if TYPE_CHECKING:
     from lightning_interp.callbacks.base import Monitor, ProbeMonitor
@@ -361,7 +363,11 @@ class Session:
 
     def _rest(self, monitor: Monitor, error: Exception) -> None:
         """Say once what happened, and look no more through this monitor; raise what must end the run."""
-        if monitor.on_error == "raise" or (isinstance(error, ConfigurationError) and not self._under_way):
+        if monitor in self._resting:
+            return  # what was still waiting to be written failed, too
+        misuse = isinstance(error, ConfigurationError) and not self._under_way
+        # Where an error ends the run already, that one is heard, and the loggers still close.
+        if (monitor.on_error == "raise" or misuse) and not self.trainer.interrupted:
             raise error
         self._resting.add(monitor)
         if self.ranks.writes:

@@ -13,7 +13,9 @@ from torch.nn.functional import interpolate
 
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.guard import undisturbed
-from lightning_interp.trace import Predict, Site, Targets, Trace, checked_images, locate
+from lightning_interp.outputs import Predict, checked_images
+from lightning_interp.spatial import locate
+from lightning_interp.trace import Site, Targets, Trace
 
 __all__ = ["Explainer", "explainer"]
 

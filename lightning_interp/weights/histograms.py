@@ -89,22 +89,26 @@ def histograms(tensors: Mapping[str, Tensor], bins: int = 64) -> Histograms:
 
 
 def _count(values: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    low, high = torch.aminmax(values)
-    missing = torch.zeros((), dtype=torch.float64, device=values.device)
-    # Asking a GPU whether all is finite would wait for it, so there every tensor takes the careful way.
-    if values.is_cuda or not bool(torch.isfinite(high - low)):
-        finite = torch.isfinite(values)
-        missing = (~finite).sum(dtype=torch.float64)
-        low = torch.where(finite, values, torch.inf).amin()
-        high = torch.where(finite, values, -torch.inf).amax()
-        values = torch.where(finite, values, torch.nan)
-        total, squares = values.nansum(dtype=torch.float64), values.double().square().nansum()
-    else:
-        total, squares = values.sum(dtype=torch.float64), values.double().dot(values.double())
+    if not values.is_cuda:
+        low, high = (float(bound) for bound in torch.aminmax(values))
+        if low < high and high - low <= torch.finfo(values.dtype).max:
+            found = [low, high, float(values.sum()), float(values.dot(values))]
+            counts = torch.histc(values, bins, low, high).double()
+            return torch.cat([counts.new_tensor(found), counts]), counts.new_zeros(())
+    return _count_carefully(values, bins)
+
+
+def _count_carefully(values: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """What is constant or not finite; and all on a GPU, where asking for the bounds first would wait for it."""
+    finite = torch.isfinite(values)
+    low = torch.where(finite, values, torch.inf).amin()
+    high = torch.where(finite, values, -torch.inf).amax()
+    kept = torch.where(finite, values, torch.nan)
     # Halved, because the span of a type's largest values is infinite in that type.
     span = high / 2 - low / 2
-    counts = torch.histc((values / 2 - low / 2) / torch.where(span > 0, span, 1), bins, 0, 1)
-    return torch.cat([torch.stack([low.double(), high.double(), total, squares]), counts.double()]), missing
+    counts = torch.histc((kept / 2 - low / 2) / torch.where(span > 0, span, 1), bins, 0, 1).double()
+    total, squares = kept.nansum(dtype=torch.float64), kept.double().square().nansum()
+    return torch.cat([torch.stack([low.double(), high.double(), total, squares]), counts]), (~finite).sum().double()
 
 
 def _to_cpu(rows: list[Tensor]) -> list[Tensor]:

@@ -72,7 +72,6 @@ class Net(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-2)
 
 
-
 def for_flavour(package: Any) -> type[Any]:
     """A classifier whose base is another package's LightningModule."""
     names = ("__init__", "forward", "read", "score", "loss", "training_step", "validation_step", "test_step")

@@ -55,7 +55,11 @@ def build(package: Any, folder: Path, callbacks: str) -> list[Any]:
     path = folder / "config.yaml"
     path.write_text(HEADER + callbacks)
     found = cli.LightningCLI(
-        for_flavour(package), run=False, save_config_callback=None, seed_everything_default=False, args=["--config", str(path)]
+        for_flavour(package),
+        run=False,
+        save_config_callback=None,
+        seed_everything_default=False,
+        args=["--config", str(path)],
     )
     return [each for each in found.trainer.callbacks if type(each).__module__.startswith("lightning_interp")]
 

@@ -103,9 +103,7 @@ class Vandal:
         return torch.zeros(len(images), *images.shape[2:])
 
 
-def test_a_failing_explanation_warns_once_rests_and_leaves_no_trace(
-    memory: MemorySink, alone: dict[str, Any]
-) -> None:
+def test_a_failing_explanation_warns_once_rests_and_leaves_no_trace(memory: MemorySink, alone: dict[str, Any]) -> None:
     vandal = Vandal()
     monitors = [*default_monitors(on_error="raise"), CAMMonitor(method=vandal, name="rash")]
     with pytest.warns(UserWarning, match="rests from here on") as caught:

@@ -146,9 +146,10 @@ def test_training_goes_on_where_a_record_cannot_be_written(tmp_path: Path, monke
 
     monkeypatch.setattr(FileSink, "write", full)
     module = Net()
-    with pytest.warns(UserWarning, match="No space left on device"):
-        fit([FilterMonitor()], module, default_root_dir=str(tmp_path))
+    with pytest.warns(UserWarning, match="No space left on device") as caught:
+        fit([FilterMonitor(every_n_train_steps=1)], module, default_root_dir=str(tmp_path))
     assert module.trained == 6
+    assert len([each for each in caught if "rests" in str(each.message)]) == 1
     assert not files(tmp_path)
 
 
@@ -165,3 +166,15 @@ def test_a_trainer_can_be_used_twice(tmp_path: Path) -> None:
     # TensorBoard reads the first; the second fit's says the same.
     layouts = {event.tensor_proto.string_val[0] for event in events.Tensors("custom_scalars__config__")}
     assert len(layouts) == 1
+
+
+def test_an_error_that_ends_the_run_is_not_hidden_by_one_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: FileSink, record: Any, step: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FileSink, "write", full)
+    callbacks = [FilterMonitor(on_error="raise"), Stopper(RuntimeError("out of luck"), batch=1)]
+    with pytest.warns(UserWarning, match="No space left"), pytest.raises(RuntimeError, match="out of luck"):
+        fit(callbacks, default_root_dir=str(tmp_path))

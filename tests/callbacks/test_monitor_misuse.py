@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Items, Net, body, dataset, fit, loader
+from runs import Items, Net, body, dataset, fit, loader, make_trainer
 from torch import nn
 
 from lightning_interp import (
@@ -102,7 +102,11 @@ def unreadable(image: Any, label: Any) -> Any:
         (lambda **o: CAMMonitor(layer="net.9", **o), Net, ["net.9", "(N, C, h, w)"]),
         (lambda **o: CAMMonitor(target=3, **o), Net, ["target 3 is out of range", "0 to 2"]),
         (lambda **o: SaliencyMonitor(target=99, **o), Net, ["target 99 is out of range"]),
-        (lambda **o: CAMMonitor(probe=Probe(torch.rand(2, 3, 12, 12)), target="label", **o), Net, ["label", "predicted"]),
+        (
+            lambda **o: CAMMonitor(probe=Probe(torch.rand(2, 3, 12, 12)), target="label", **o),
+            Net,
+            ["label", "predicted"],
+        ),
         (lambda **o: CAMMonitor(**o), no_space, ["no spatial layer", "layer="]),
         (lambda **o: CAMMonitor(method="cam", **o), no_average, ["gradcam"]),
         (lambda **o: FilterMonitor(**o), no_space, ["no two-dimensional convolution", "layers=[...]"]),
@@ -160,10 +164,8 @@ def test_a_module_without_forward_names_predict(memory: MemorySink) -> None:
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_misuse_is_said_in_every_stage(memory: MemorySink, stage: str) -> None:
-    from runs import make_trainer
-
     trainer = make_trainer([CAMMonitor(layer="net.44")])
-    with pytest.raises(ConfigurationError, match="did you mean 'net.4'"):
+    with pytest.raises(ConfigurationError, match=r"did you mean 'net\.4'"):
         getattr(trainer, stage)(Net(), loader(dataset(8)), verbose=False)
 
 

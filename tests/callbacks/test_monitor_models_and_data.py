@@ -141,7 +141,9 @@ def test_the_probe_goes_through_the_modules_hooks_as_in_validation(memory: Memor
     images = dataset(8).tensors[0]
     order = [0, 1, 2, 3, 4, 5, 6, 7]
     for seen in witness.images:
-        assert torch.equal(seen.sum((1, 2, 3)).sort().values, ((images[order] - 0.5) / 0.25).sum((1, 2, 3)).sort().values)
+        assert torch.equal(
+            seen.sum((1, 2, 3)).sort().values, ((images[order] - 0.5) / 0.25).sum((1, 2, 3)).sort().values
+        )
 
 
 # ---- Models.

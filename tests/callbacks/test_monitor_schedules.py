@@ -142,7 +142,7 @@ def test_several_of_a_class_are_told_apart_by_name(memory: MemorySink) -> None:
 )
 def test_two_that_would_write_the_same_tag_are_refused(memory: MemorySink, monitors: Any) -> None:
     module = Net()
-    with pytest.raises(ConfigurationError, match="two monitors would write .*name="):
+    with pytest.raises(ConfigurationError, match=r"two monitors would write .*name="):
         fit(monitors(), module)
     assert module.trained == 0
     assert not memory.records
