@@ -72,10 +72,11 @@ _last_spatial: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Site]] = Weak
 
 
 def _find_last_spatial(model: nn.Module, images: Tensor, predict: Predict | None) -> Site:
-    watcher = _PoolingWatcher()
+    images = images.detach().clone()
+    watcher = _PoolingWatcher(images)
     modules = {plain_name(name): each for name, each in model.named_modules() if name and original(each) is each}
     with listening(modules, watcher.heard), watcher:
-        output = run_model(model, images.detach().clone(), predict)
+        output = run_model(model, images, predict)
     advice = "name a layer that gives (N, C, h, w) activations with layer=..."
     if watcher.found is None:
         raise ConfigurationError(
@@ -100,8 +101,9 @@ class _PoolingWatcher(TorchFunctionMode):
     # A norm over channels turns (N, 1, 1, C) back to (N, C, 1, 1): that is no pooling.
     _REORDERINGS = frozenset({"permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims"})
 
-    def __init__(self) -> None:
+    def __init__(self, images: Tensor) -> None:
         super().__init__()
+        self._images = images  # flattened themselves, they are no layer
         self.found: Site | None = None
         self._convolved = False
         self._calls: Counter[Any] = Counter()
@@ -124,6 +126,8 @@ class _PoolingWatcher(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         entering = args[0] if args and isinstance(args[0], Tensor) else None
         site = None
+        if entering is self._images:
+            entering = None
         if entering is not None and self._convolved and entering.ndim == 4 and self._has_places(name, entering):
             site = self._site_of(entering, func, name, call)
         result = func(*args, **(kwargs or {}))

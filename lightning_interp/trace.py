@@ -256,6 +256,8 @@ class Trace:
 
     def _tensor(self, site: Site) -> Tensor:
         kept = self._kept[site]
+        if site.module is None:
+            return kept[0]  # only the call that is meant was tapped
         try:
             return kept[site.use]
         except IndexError:

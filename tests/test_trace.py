@@ -449,6 +449,30 @@ def test_the_last_spatial_layer_is_found(build: Callable[[], nn.Module], size: i
     assert site.name == name
 
 
+class FlattensTwice(nn.Module):
+    """Calls the function that its maps enter on something else, before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(4 * 36, 2)
+        self.pixels = nn.Linear(3 * 64, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        before = images.flatten(1)
+        maps = self.head((2 * self.convolution(images)).flatten(1))
+        return maps + self.pixels(before) + self.pixels(images.flatten(1))
+
+
+def test_a_function_called_before_and_on_the_images_after_is_no_obstacle() -> None:
+    model, images = FlattensTwice(), torch.rand(2, 3, 8, 8)
+    site = locate(model, None, images)
+    assert (site.module, site.use) == (None, 1)
+    with Trace(model, images, layers={site: True}) as trace:
+        torch.testing.assert_close(trace.activations(site), 2 * model.convolution(images))
+        assert trace.gradients(site).shape == (2, 4, 6, 6)
+
+
 def test_a_functional_activation_before_the_pooling_is_tapped() -> None:
     model, images = animal("densenet").model, animal("densenet").images()
     site = locate(model, None, images)

@@ -89,7 +89,10 @@ class NormMonitor(Monitor):
         self._history: dict[str, dict[int, Tensor]] = {}
 
     def check(self, module: LightningModule) -> None:
-        """Learn the layers."""
+        """Learn the layers; forget what an interrupted run left."""
+        self._measured.clear()
+        self._before.clear()
+        self._stepped.clear()
         layers = Layers.of(module)
         if layers.names != self._layers.names and self._layers.names:
             self._history.clear()

@@ -66,7 +66,8 @@ class WeightHistogramMonitor(Monitor):
         self._gradient_histograms: Histograms | None = None
 
     def check(self, module: LightningModule) -> None:
-        """Raise where a glob matches no parameter."""
+        """Raise where a glob matches no parameter; forget what an interrupted run left."""
+        self._gradient_histograms = None
         names = [plain_name(name) for name, _ in module.named_parameters()]
         for glob in self.globs:
             if names and not fnmatch.filter(names, glob):
