@@ -13,7 +13,18 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
-__all__ = ["cells", "check_images", "clean", "font_path", "stack", "text_block", "text_width", "usable_width", "wrap"]
+__all__ = [
+    "cells",
+    "check_images",
+    "clean",
+    "font_path",
+    "loaded_font",
+    "stack",
+    "text_block",
+    "text_width",
+    "usable_width",
+    "wrap",
+]
 
 TEXT_SIZE = 13
 INK = (20, 20, 20)
@@ -65,7 +76,8 @@ def font_path() -> str:
 
 
 @lru_cache(maxsize=8)
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def loaded_font(size: int) -> ImageFont.FreeTypeFont:
+    """The font of all texts, ``size`` pixels high."""
     return ImageFont.truetype(font_path(), size, layout_engine=ImageFont.Layout.BASIC)
 
 
@@ -113,7 +125,7 @@ def text_width(text: str, size: int = TEXT_SIZE) -> int:
         >>> text_width("") == 0 < text_width("i") < text_width("w")
         True
     """
-    return int(np.ceil(_font(size).getlength(text)))
+    return int(np.ceil(loaded_font(size).getlength(text)))
 
 
 def wrap(text: str, width: int, *, size: int = TEXT_SIZE, max_rows: int = 2) -> list[str]:
@@ -199,9 +211,9 @@ def text_block(
     draw = ImageDraw.Draw(block)
     for index, row in enumerate(rows):
         baseline = _MARGIN + index * pitch + size
-        draw.text((_MARGIN, baseline), row, font=_font(size), fill=INK, anchor="ls")
+        draw.text((_MARGIN, baseline), row, font=loaded_font(size), fill=INK, anchor="ls")
         if index == 0 and mark is not None:
-            draw.text((_MARGIN, baseline), row[:1], font=_font(size), fill=mark, anchor="ls")
+            draw.text((_MARGIN, baseline), row[:1], font=loaded_font(size), fill=mark, anchor="ls")
     return torch.from_numpy(np.array(block))
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from lightning_interp.render.canvas import clean, font_path, text_width, wrap
+from lightning_interp.render.canvas import clean, font_path, loaded_font, text_width, wrap
 
 if TYPE_CHECKING:
     from matplotlib.colors import Normalize
@@ -112,8 +113,7 @@ def history_heatmap(
         parse_math=False,
     )
 
-    every = ceil(len(names) / _MOST_ROWS)
-    axes.set_yticks(range(0, len(names), every), shown_names[::every])
+    axes.set_yticks([])  # matplotlib takes longer over a hundred names than over all the rest
     columns = range(0, len(steps), ceil(len(steps) * 70 / inner_width))
     axes.set_xticks(columns, [f"{steps[column]}" for column in columns])
     axes.set_xlabel("step", fontproperties=font, color="black", labelpad=2)
@@ -129,7 +129,17 @@ def history_heatmap(
     _plain(axes, font)
     _plain(bar.ax, font)
     canvas.draw()
-    return torch.from_numpy(np.array(canvas.buffer_rgba())[..., :3].copy())
+    drawn = Image.fromarray(np.array(canvas.buffer_rgba())[..., :3])
+    _write_names(drawn, shown_names, left, height - _BOTTOM - inner_height, inner_height)
+    return torch.from_numpy(np.array(drawn))
+
+
+def _write_names(picture: Image.Image, names: list[str], right: int, top: int, height: int) -> None:
+    """Put each name beside its row, as many as there is room for."""
+    draw = ImageDraw.Draw(picture)
+    for index in range(0, len(names), ceil(len(names) / _MOST_ROWS)):
+        middle = top + (index + 0.5) * height / len(names)
+        draw.text((right - 6, middle), names[index], fill="black", font=loaded_font(_TEXT), anchor="rm")
 
 
 def _short(name: str) -> str:
