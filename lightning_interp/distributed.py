@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed
+from torch import Tensor, nn
 
 from lightning_interp._lightning import Trainer
+from lightning_interp.shards import is_sharded
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "obstacle", "runs_together"]
+
+
+def runs_together(trainer: Trainer) -> bool:
+    """Whether all ranks must run the same passes: where the module is sharded, over one process or many."""
+    return is_sharded(trainer.lightning_module)
+
+
+def obstacle(trainer: Trainer) -> str | None:
+    """Why nothing can be seen of a Trainer's module on any rank, if so."""
+    # By name: the strategies of both packages, without importing either.
+    strategies = {kind.__name__ for kind in type(trainer.strategy).__mro__}
+    wrapped = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
+    flat = wrapped is not None and any(isinstance(each, wrapped) for each in _modules(trainer))
+    if flat or strategies & {"FSDPStrategy", "XLAFSDPStrategy"}:
+        return (
+            "FSDP1 (FSDPStrategy) keeps flat parameters, of which neither layers nor gradients can be read; use "
+            "ModelParallelStrategy with torch's fully_shard (FSDP2)"
+        )
+    if "DeepSpeedStrategy" in strategies and getattr(trainer.strategy, "zero_stage_3", False):
+        return "DeepSpeed's stage 3 keeps parameters where they cannot be read; use stage 2, or ModelParallelStrategy"
+    return None
+
+
+def _modules(trainer: Trainer) -> Iterable[nn.Module]:
+    model = trainer.strategy.model
+    return () if model is None else model.modules()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +98,12 @@ class Ranks:
         values = [value]
         torch.distributed.broadcast_object_list(values, src=0)
         return values[0]
+
+    def align(self, tensors: Iterable[Tensor], device: torch.device) -> None:
+        """Overwrite tensors with the writing rank's; ``device`` is where the ranks can talk."""
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            there = tensor.detach().to(device).contiguous()
+            torch.distributed.broadcast(there, src=0)
+            tensor.data.copy_(there)

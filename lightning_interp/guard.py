@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_interp.shards import piece, reshard
+
 __all__ = ["preserved_streams", "undisturbed"]
 
 _guarded: ContextVar[frozenset[int]] = ContextVar("_guarded", default=frozenset())
@@ -35,6 +37,8 @@ _DICTIONARIES = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+# FSDP2 adds its own to these at its first forward pass, which may be ours, and never again.
+_STATE_DICT_HOOKS = frozenset({"_state_dict_pre_hooks", "_load_state_dict_pre_hooks"})
 
 
 @contextmanager
@@ -65,12 +69,14 @@ def undisturbed(module: nn.Module, *, parameters: bool = False) -> Iterator[None
         yield
         return
     with ExitStack() as stack:
+        reshard(modules)  # the parameters that an optimiser knows, not those that a pass gathered
         # Enter the contexts first: what is restored below must be restored under the caller's own grad mode.
         token = _guarded.set(_guarded.get() | {id(each) for each in modules})
         stack.callback(_guarded.reset, token)
         stack.enter_context(preserved_streams())
         for restore in _snapshots(module, modules, parameters):
             stack.callback(restore)
+        stack.callback(reshard, modules)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for each in modules:
@@ -119,9 +125,15 @@ def _snapshots(module: nn.Module, modules: list[nn.Module], parameters: bool) ->
 
 
 def _keep_module(module: nn.Module) -> Callable[[], None]:
+    sharded = any(each is not None and piece(each) is not each for each in module._parameters.values())
+    left = _STATE_DICT_HOOKS if sharded else frozenset()
     # Plain attributes, too: the mode, counters, and what a forward pass stashes, which would keep its graph alive.
     attributes = {name: value for name, value in module.__dict__.items() if name not in _DICTIONARIES}
-    kept = {name: value.copy() for name in _DICTIONARIES if (value := module.__dict__.get(name)) is not None}
+    kept = {
+        name: value.copy()
+        for name in _DICTIONARIES
+        if name not in left and (value := module.__dict__.get(name)) is not None
+    }
 
     def restore() -> None:
         for name in module.__dict__.keys() - attributes.keys() - set(_DICTIONARIES):
@@ -156,7 +168,7 @@ def _keep_gradients(parameters: list[nn.Parameter]) -> Callable[[], None]:
 
 @torch.no_grad()
 def _keep_values(tensors: list[Any]) -> Callable[[], None]:
-    kept = [(tensor, tensor.detach().clone()) for tensor in tensors if _has_values(tensor)]
+    kept = [(tensor, tensor.detach().clone()) for tensor in map(piece, tensors) if _has_values(tensor)]
 
     @torch.no_grad()
     def restore() -> None:

@@ -17,7 +17,8 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "records": set(),
     "schedule": set(),
-    "guard": set(),
+    "guard": {"shards"},
+    "shards": set(),
     "layers": set(),
     "batches": set(),
     "_lightning": set(),
@@ -27,14 +28,14 @@ ALLOWED: dict[str, set[str]] = {
     "spatial": {"trace", "outputs", "layers", "guard"},
     "explain": {"trace", "spatial", "outputs", "layers", "records", "guard"},
     "units": {"trace", "layers", "records", "explain"},
-    "weights": {"trace", "layers", "records"},
+    "weights": {"trace", "layers", "records", "shards"},
     "localize": {"trace", "layers", "records"},
     "render": {"records"},
     "sinks": {"records"},
-    "distributed": {"_lightning"},
+    "distributed": {"_lightning", "shards"},
     "callbacks": {
         *("_lightning", "distributed", "explain", "guard", "layers", "localize", "outputs", "probe", "spatial"),
-        *("records", "render", "schedule", "sinks", "trace", "units", "weights"),
+        *("records", "render", "schedule", "shards", "sinks", "trace", "units", "weights"),
     },
 }
 LIGHTNING_ROOMS = {"_lightning", "distributed", "callbacks"}

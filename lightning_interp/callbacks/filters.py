@@ -15,6 +15,7 @@ from lightning_interp.errors import ConfigurationError
 from lightning_interp.layers import find_layer, first_convolution
 from lightning_interp.records import Picture
 from lightning_interp.render import filter_grid
+from lightning_interp.shards import whole
 
 __all__ = ["FilterMonitor"]
 
@@ -74,7 +75,7 @@ class FilterMonitor(Monitor):
     def observe(self, module: nn.Module, step: int) -> dict[str, Tensor]:
         """Copies of the filters, on the CPU."""
         weights = {name: find_layer(module, name).get_parameter("weight") for name in self._names(module)}
-        return {name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in weights.items()}
+        return {name: whole(weight).to("cpu", torch.float32, copy=True) for name, weight in weights.items()}
 
     def report(self, seen: dict[str, Tensor], step: int) -> Iterator[Picture]:
         """One picture a layer."""

@@ -15,6 +15,7 @@ from lightning_interp.callbacks.base import Monitor, MonitorOptions
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.records import Picture, Scalar, ScalarLayout
 from lightning_interp.render import history_heatmap
+from lightning_interp.shards import piece
 from lightning_interp.weights import Layers, check_order, parameter_norms
 
 __all__ = ["NormMonitor"]
@@ -116,7 +117,7 @@ class NormMonitor(Monitor):
         before, now = list(self._before.values()), [self._stepped[name].detach() for name in self._before]
         if before:
             self._measured.setdefault("before", {}).update(parameter_norms(self._before, self.order))
-            torch._foreach_sub_(before, now)
+            torch._foreach_sub_([piece(each) for each in before], [piece(each) for each in now])
             self._measured.setdefault("update", {}).update(parameter_norms(self._before, self.order))
         self._before.clear()
         self._stepped.clear()

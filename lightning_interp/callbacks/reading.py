@@ -33,14 +33,19 @@ def is_last_step(trainer: Trainer, module: LightningModule) -> bool:
 
 
 def probe_loader(trainer: Trainer) -> Any:
-    """The loader that probes come from by default: the stage's first; training's where there is none."""
+    """The loader that probes come from by default: the stage's first; training's where there is none, or no image."""
     stages = [trainer.test_dataloaders] if trainer.testing else [trainer.val_dataloaders, trainer.train_dataloader]
     for found in stages:
         while isinstance(found, (list, tuple, dict)):
             found = next(iter(found.values() if isinstance(found, dict) else found), None)
-        if found is not None:  # a loader's own truth is its length, and a stream has none
+        if found is not None and not _is_empty(found):  # a loader's own truth is its length, and a stream has none
             return found
     return None
+
+
+def _is_empty(loader: Any) -> bool:
+    dataset: Any = getattr(loader, "dataset", None)
+    return hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset) and len(dataset) == 0
 
 
 def looks_indexable(dataset: object) -> bool:

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from lightning_interp._lightning import LightningModule, Trainer
 from lightning_interp.callbacks import reading
-from lightning_interp.distributed import Ranks
+from lightning_interp.callbacks.handover import OnItsWay
+from lightning_interp.distributed import Ranks, obstacle, runs_together
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.guard import undisturbed
 from lightning_interp.outputs import Predict
 from lightning_interp.probe import Probe
 from lightning_interp.records import Record, ScalarLayout
+from lightning_interp.shards import recover, reshard
 from lightning_interp.sinks import BackgroundWriter, Sink
 from lightning_interp.spatial import locate
 from lightning_interp.trace import Site, Trace
@@ -52,9 +54,12 @@ class Session:
         self._probes: dict[object, Probe | None] = {}
         self._forwards: dict[Predict | None, Predict] = {}
         self._sites: dict[object, Site] = {}
+        self._chunk = _CHUNK  # smaller where memory did not suffice
+        self._lost_sinks: list[tuple[Sink, Exception]] = []  # not yet said
+        self._said: list[Exception] = []
         self._resting: set[Monitor] = set()
         self._failed: dict[Monitor, Exception] = {}  # not yet settled
-        self._capturing: set[Monitor] = set()
+        self._capturing: list[Monitor] = []  # in the same order on every rank
         self._steps = 0
         self._awaits_start = False
         self._under_way = False
@@ -70,10 +75,21 @@ class Session:
         session = _sessions.get(trainer)
         return session if session is not None and session.monitors[0] is monitor else None
 
+    @property
+    def may_retry(self) -> bool:
+        """Whether a rank may run the model again on its own: not where all ranks must take part in each pass."""
+        return not self._together
+
+    @property
+    def _together(self) -> bool:
+        """Whether every rank looks at everything: no rank can run or read a sharded module alone."""
+        return self.ranks.size > 1 and runs_together(self.trainer)
+
     def end(self) -> None:
         """Bring everything to the loggers and end the run."""
         _sessions.pop(self.trainer, None)
         self.writer.close()
+        self._say_lost_sinks()
         for sink in self.sinks:
             try:
                 sink.close()
@@ -96,6 +112,8 @@ class Session:
 
     def start(self, module: LightningModule) -> None:
         """Before the first batch: find the probes, and look at the untrained model."""
+        if self._is_hindered():
+            return
         self._steps = self.trainer.global_step
         self._awaits_start = True
         self._find_probes(module)
@@ -107,7 +125,7 @@ class Session:
             key = _probe_key(monitor)
             if key in self._probes and self._probes[key] is None:
                 build = functools.partial(Probe.from_batch, batch, n=_count(monitor), unpack=monitor.unpack)
-                self._probes[key] = self._agreed(build)
+                self._take(key, build)
         if self._awaits_start and self.trainer.training:
             self._start_if_ready(module)
 
@@ -117,18 +135,24 @@ class Session:
         last = reading.is_last_step(self.trainer, module)
         listening = [
             monitor
-            for monitor in self._awake(self.monitors)
+            for monitor in self.monitors
             if monitor.schedule.due_after_steps(self._steps, steps)
             or (last and monitor.schedule.due_after_epoch(epoch))
         ]
-        if not listening or not self.ranks.writes:
+        if together := bool(listening) and self._together:
+            # What failed on this rank alone is not settled yet: the others still count on it.
+            listening = [monitor for monitor in listening if monitor not in self._resting]
+            reshard(module.modules())
+        else:
+            listening = self._awake(listening)
+        if not listening or not (self.ranks.writes or together):
             return
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         parameters = {name: each for name, each in module.named_parameters() if id(each) in stepped}
         for monitor in listening:
             with self._catching(monitor), torch.no_grad():
                 monitor.before_optimizer_step(parameters)
-                self._capturing.add(monitor)
+                self._capturing.append(monitor)
 
     def after_batch(self, module: LightningModule) -> None:
         """Look, where a number of optimiser steps is reached."""
@@ -149,7 +173,8 @@ class Session:
     def before_evaluation(self, module: LightningModule) -> None:
         """At the start of ``trainer.validate`` and ``trainer.test``: refuse what cannot work, find the probes."""
         self.check(module)
-        self._find_probes(module)
+        if not self._is_hindered():
+            self._find_probes(module)
 
     def after_evaluation(self, module: LightningModule, stage: Literal["validate", "test"]) -> None:
         """Look once; what is seen on the test set is kept apart from what is seen in training."""
@@ -166,7 +191,7 @@ class Session:
             key, asked = _probe_key(monitor), monitor.probe
             if isinstance(asked, Probe):
                 self._probes[key] = asked
-            if self._probes.get(key) is not None:
+            if self._probes.get(key) is not None or monitor in self._failed:
                 continue
             dataset: Any = getattr(loader, "dataset", None) if isinstance(asked, int) else asked
             collated = getattr(loader, "batch_sampler", None) is not None or not isinstance(asked, int)
@@ -181,7 +206,19 @@ class Session:
                     transfer=functools.partial(reading.transfer, self.trainer, module),
                 )
                 with undisturbed(module), torch.no_grad():
-                    self._probes[key] = self._agreed(build)
+                    self._take(key, build)
+
+    def _take(self, key: object, build: Callable[[], Probe]) -> None:
+        """Build a probe; where the data fail, rather than their reader, the monitors that asked for it rest."""
+        try:
+            self._probes[key] = self._agreed(build)
+        except ConfigurationError:
+            raise
+        except Exception as error:
+            del self._probes[key]
+            for monitor in filter(uses_probe, self.monitors):
+                if _probe_key(monitor) == key:
+                    self._failed.setdefault(monitor, error)
 
     def _agreed(self, build: Callable[[], Probe]) -> Probe:
         """The probe that the writing rank builds, on every rank; or its error, on every rank."""
@@ -217,7 +254,11 @@ class Session:
         due = [monitor for monitor in due if monitor not in self._resting]
         if not due:
             return
+        self._say_lost_sinks()
         errors: dict[int, Exception] = {i: self._failed[each] for i, each in enumerate(due) if each in self._failed}
+        together = self._together
+        if together:
+            self._agree(errors)
         seen: dict[int, Any] = {}
         groups: dict[object, dict[int, ProbeMonitor]] = {}
         for index, monitor in enumerate(due):
@@ -225,11 +266,14 @@ class Session:
                 continue
             if uses_probe(monitor):
                 groups.setdefault((_probe_key(monitor), monitor.predict), {})[index] = monitor
-            elif self.ranks.writes and not rehearsal:
+            elif (self.ranks.writes or together) and not rehearsal:
                 with _noting(errors, [index]), undisturbed(module), torch.no_grad():
                     seen[index] = monitor.observe(module, step)
         for group in groups.values():
-            self._explain(module, group, rehearsal, errors, seen)
+            with _noting(errors, group):
+                self._explain(module, group, rehearsal, errors, seen)
+        if together and not self.ranks.writes:
+            seen.clear()  # the writing rank has the same
         self._settle(due, errors)
         shares = self.ranks.to_writer({index: found for index, found in seen.items() if index not in errors})
         if shares is None or rehearsal:
@@ -251,14 +295,39 @@ class Session:
     ) -> None:
         """This rank's share of a probe, for all monitors that are due on it, a chunk at a time."""
         probe = self._probe(next(iter(group.values())))
-        part = probe.subset(slice(0, 1) if rehearsal else self.ranks.share(len(probe)))
-        first = 0 if rehearsal else self.ranks.share(len(probe)).start
+        together = self._together
+        share = slice(0, 1) if rehearsal else slice(0, len(probe)) if together else self.ranks.share(len(probe))
+        part, first = probe.subset(share), share.start
         trusted = all(monitor.is_trusted for monitor in group.values())
         with undisturbed(module, parameters=not trusted):
-            for start in range(0, len(part), _CHUNK):
-                chunk = part.subset(slice(start, start + _CHUNK))
+            if together:
+                # Each rank's batch norm has statistics of its own; different predictions would ask for different passes.
+                self.ranks.align(module.buffers(), self.trainer.strategy.root_device)
+            start = 0
+            while start < len(part):
+                chunk = part.subset(slice(start, start + self._chunk))
                 awake = {index: monitor for index, monitor in group.items() if index not in errors}
-                self._explain_chunk(module, chunk, first + start, awake, errors, seen)
+                failed: dict[int, Exception] = {}
+                found: dict[int, Any] = {}
+                with _noting(failed, awake):
+                    self._explain_chunk(module, chunk, first + start, awake, failed, found)
+                if together:
+                    self._agree(failed)
+                    if failed:
+                        recover(module.modules())
+                if any(map(_is_out_of_memory, failed.values())):
+                    for error in failed.values():
+                        traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
+                    _release_memory()
+                    if self.may_retry and len(chunk) > 1:
+                        self._chunk = (len(chunk) + 1) // 2
+                        failed.clear()
+                        continue
+                    self._chunk = _CHUNK  # the others need not go by one that never fits
+                errors.update(failed)
+                for index, each in found.items():
+                    seen.setdefault(index, []).extend(each)
+                start += len(chunk)
 
     def _explain_chunk(
         self,
@@ -270,7 +339,7 @@ class Session:
         seen: dict[int, Any],
     ) -> None:
         """One Trace, made for what all monitors of the group need together."""
-        images = chunk.images.to(self.trainer.strategy.root_device)
+        images = _readable(chunk.images, module).to(self.trainer.strategy.root_device)
         labels = None if chunk.targets is None else chunk.targets.to(images.device)
         sites: dict[int, Site | None] = {}
         layers: dict[Site, bool] = {}
@@ -290,9 +359,9 @@ class Session:
                     with _noting(errors, [index]):
                         maps, explained = group[index].maps(trace, site, labels)
                         found = {"maps": maps, "explained": explained, "logits": trace.logits.detach().float()}
-                        seen.setdefault(index, []).append({name: each.cpu() for name, each in found.items()})
+                        seen.setdefault(index, []).append({name: OnItsWay(each) for name, each in found.items()})
         except Exception as error:
-            if entered or len(sites) == 1:
+            if entered or len(sites) == 1 or not self.may_retry or (_is_out_of_memory(error) and len(images) > 1):
                 errors.update(dict.fromkeys(sites, error))
             else:
                 # What one monitor asks for can break the pass for all, so each tries alone.
@@ -324,20 +393,50 @@ class Session:
         for monitor, shares in found:
             with self._catching(monitor):
                 for record in self._records(monitor, shares, step):
-                    for sink in self.sinks:
-                        sink.write(_retagged(record, suffix), step)
-                for sink in self.sinks:
-                    sink.flush()
+                    self._tell(monitor, functools.partial(_write, record=_retagged(record, suffix), step=step))
+                self._tell(monitor, _flush)
+
+    def _tell(self, monitor: Monitor, act: Callable[[Sink], None]) -> None:
+        """Reach every sink. One that keeps nothing is given up; the fault of a record is its monitor's."""
+        refused = None
+        for sink in list(self.sinks):
+            try:
+                act(sink)
+            except Exception as error:
+                if not _is_lost(error):
+                    refused = error
+                    continue
+                self.sinks.remove(sink)
+                self._lost_sinks.append((sink, error))
+                if monitor.on_error == "raise":
+                    self._failed.setdefault(monitor, error)
+                if not self.sinks:
+                    for each in self.monitors:  # there is nothing left to look for
+                        self._failed.setdefault(each, error)
+        if refused is not None:
+            raise refused
 
     def _records(self, monitor: Monitor, shares: list[Any], step: int) -> Iterable[Record]:
         if not uses_probe(monitor):
             return monitor.report(shares[0], step)
         parts = list(itertools.chain.from_iterable(shares))
         return monitor.draw(
-            {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, self._probe(monitor)
+            {name: torch.cat([part[name].arrived() for part in parts]) for name in parts[0]}, self._probe(monitor)
         )
 
     # ---- Failures.
+
+    def _say_lost_sinks(self) -> None:
+        """Say once that a place takes no more records."""
+        lost, self._lost_sinks = self._lost_sinks, []
+        for sink, error in lost:
+            self._said.append(error)
+            rest = "the other loggers get everything" if self.sinks else "every monitor rests"
+            warnings.warn(
+                f"lightning_interp writes no more through {type(sink).__name__}, which failed; {rest} from here on, "
+                f"and training goes on.\n{_told(error)}",
+                stacklevel=2,
+            )
 
     def _awake(self, monitors: Iterable[Monitor]) -> list[Monitor]:
         return [monitor for monitor in monitors if monitor not in self._resting and monitor not in self._failed]
@@ -352,14 +451,30 @@ class Session:
 
     def _settle(self, due: Sequence[Monitor], errors: dict[int, Exception]) -> None:
         """Agree on who failed; afterwards ``errors`` names the same monitors on every rank."""
+        self._agree(errors)
+        for index in sorted(errors):
+            self._failed.pop(due[index], None)
+            self._rest(due[index], errors[index])
+
+    def _agree(self, errors: dict[int, Exception]) -> None:
+        """Add to these errors those of the other ranks."""
         reports = {index: (isinstance(error, ConfigurationError), _told(error)) for index, error in errors.items()}
         for rank, told in enumerate(self.ranks.everyone(reports)):
             for index, (misuse, text) in told.items():
                 kind = ConfigurationError if misuse else RuntimeError
                 errors.setdefault(index, kind(f"on rank {rank}: {text}"))
-        for index in sorted(errors):
-            self._failed.pop(due[index], None)
-            self._rest(due[index], errors[index])
+
+    def _is_hindered(self) -> bool:
+        """Whether nothing can be seen of this module; said once, and without a word between the ranks."""
+        reason = obstacle(self.trainer)
+        if reason is None:
+            return False
+        if any(monitor.on_error == "raise" for monitor in self.monitors):
+            raise ConfigurationError(reason)
+        if self.ranks.writes and not self._resting:
+            warnings.warn(f"lightning_interp sees nothing of this run: {reason}", stacklevel=2)
+        self._resting.update(self.monitors)
+        return True
 
     def _rest(self, monitor: Monitor, error: Exception) -> None:
         """Say once what happened, and look no more through this monitor; raise what must end the run."""
@@ -370,7 +485,7 @@ class Session:
         if (monitor.on_error == "raise" or misuse) and not self.trainer.interrupted:
             raise error
         self._resting.add(monitor)
-        if self.ranks.writes:
+        if self.ranks.writes and error not in self._said:
             warnings.warn(
                 f"{monitor!r} failed and rests from here on; training goes on. Pass on_error='raise' to stop here.\n"
                 f"{_told(error)}",
@@ -401,6 +516,38 @@ def _noting(errors: dict[int, Exception], indices: Iterable[int]) -> Iterator[No
     except Exception as error:
         for index in indices:
             errors.setdefault(index, error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # CUDA's and its libraries' words, and those of torch's allocator for the CPU.
+    words = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(each in str(error).lower() for each in words)
+    )
+
+
+def _readable(images: Tensor, module: torch.nn.Module) -> Tensor:
+    """As float32 where they have a type that no parameter has: training steps convert such images themselves."""
+    dtypes = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+    return images if not dtypes or images.dtype in dtypes else images.to(torch.float32)
+
+
+def _release_memory() -> None:
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether a sink failed by itself, rather than by the record that it was given."""
+    return isinstance(error, OSError) or (isinstance(error, ValueError) and "closed file" in str(error))
+
+
+def _write(sink: Sink, record: Record, step: int) -> None:
+    sink.write(record, step)
+
+
+def _flush(sink: Sink) -> None:
+    sink.flush()
 
 
 def _retagged(record: Record, suffix: str) -> Record:

@@ -42,9 +42,16 @@ class FileSink:
     def write(self, record: Record, step: int) -> None:
         """Write a picture or text at once; numbers wait for :meth:`flush`."""
         if isinstance(record, Picture):
-            Image.fromarray(record.image.numpy()).save(self._file(record.tag, step, "png"))
+            path = self._file(record.tag, step, "png")
+            part = path.with_suffix(".part")  # so that a full disk or a killed process leaves no half a picture
+            try:
+                Image.fromarray(record.image.numpy()).save(part, format="png")
+                part.replace(path)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
         elif isinstance(record, Text):
-            self._file(record.tag, step, "md").write_text(record.markdown, encoding="utf-8")
+            self._file(record.tag, step, "md").write_text(record.markdown, encoding="utf-8", errors="backslashreplace")
         elif isinstance(record, Scalar):
             self._rows["scalars.csv"].append((step, record.tag, record.value))
         elif isinstance(record, Histogram):
@@ -59,7 +66,7 @@ class FileSink:
                 continue
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", newline="", encoding="utf-8") as file:
+            with path.open("a", newline="", encoding="utf-8", errors="backslashreplace") as file:
                 table = csv.writer(file, lineterminator="\n")
                 if file.tell() == 0:
                     table.writerow(_COLUMNS[name])
@@ -77,5 +84,5 @@ class FileSink:
 
 
 def _plain(part: str) -> str:
-    """A part of a tag as a name that every file system takes, and that leads nowhere else."""
-    return re.sub(r"[^\w.\-]", "_", part).strip(".")[:100] or "_"
+    """A part of a tag as a name that every file system takes (at most 255 bytes), and that leads nowhere else."""
+    return re.sub(r"[^\w.\-]", "_", part)[:60].strip(".") or "_"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_interp.records import Histogram
+from lightning_interp.shards import whole
 
 __all__ = ["Histograms", "histograms"]
 
@@ -61,7 +62,8 @@ def histograms(tensors: Mapping[str, Tensor], bins: int = 64) -> Histograms:
     """Count the values of each tensor into equal bins between its lowest and highest, on its device.
 
     Args:
-        tensors: Named tensors of any shape and real dtype, on any devices; empty ones are left out.
+        tensors: Named tensors of any shape and real dtype, on any devices; empty ones are left out. Sharded ones are
+            put together, one at a time: every process must ask for the same.
         bins: How many bins, at least 1.
 
     Returns:
@@ -80,7 +82,7 @@ def histograms(tensors: Mapping[str, Tensor], bins: int = 64) -> Histograms:
     kept = {name: tensor.detach() for name, tensor in tensors.items() if tensor.numel() > 0}
     rows, lost = [], []
     for tensor in kept.values():
-        values = tensor.reshape(-1)
+        values = whole(tensor).reshape(-1)
         values = values if values.dtype in (torch.float32, torch.float64) else values.float()
         row, missing = _count(values, bins)
         rows.append(row)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.layers import plain_name
+from lightning_interp.shards import piece, whole
 
 __all__ = ["Layers", "check_order", "parameter_norms"]
 
@@ -93,7 +94,8 @@ def parameter_norms(tensors: Mapping[str, Tensor], order: float = 2.0) -> dict[s
     """The norm of each tensor, as few kernels as there are kinds of tensors.
 
     Args:
-        tensors: Named tensors of any shape and real dtype, on any devices; empty ones are left out.
+        tensors: Named tensors of any shape and real dtype, on any devices; empty ones are left out. Sharded ones are
+            put together, one at a time: every process must ask for the same.
         order: The norm's order, at least 1, or infinity.
 
     Returns:
@@ -107,6 +109,12 @@ def parameter_norms(tensors: Mapping[str, Tensor], order: float = 2.0) -> dict[s
     kept = {name: tensor.detach() for name, tensor in tensors.items() if tensor.numel() > 0}
     if not kept:
         return {}
+    sharded = [name for name, tensor in kept.items() if piece(tensor) is not tensor]
+    if sharded:
+        norms = parameter_norms({name: tensor for name, tensor in kept.items() if name not in sharded}, order)
+        for name in sharded:
+            norms |= parameter_norms({name: whole(kept[name])}, order)
+        return {name: norms[name] for name in kept}
     values = [each if each.dtype in (torch.float32, torch.float64) else each.float() for each in kept.values()]
     if order in (1.0, 2.0) or math.isinf(order):
         found = list(torch._foreach_norm(values, order))
