@@ -301,7 +301,7 @@ class Session:
         trusted = all(monitor.is_trusted for monitor in group.values())
         with undisturbed(module, parameters=not trusted):
             if together:
-                # Each rank's batch norm has statistics of its own; different predictions would ask for different passes.
+                # Each rank's batch norm has its own statistics; other predictions would ask for other passes.
                 self.ranks.align(module.buffers(), self.trainer.strategy.root_device)
             start = 0
             while start < len(part):

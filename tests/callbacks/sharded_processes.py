@@ -32,7 +32,6 @@ from lightning_interp import (
 )
 from lightning_interp.callbacks import reading
 from lightning_interp.records import Histogram, Scalar
-from lightning_interp.sinks import MemorySink
 
 Base = for_flavour(pl)
 SINKS = reading.sinks
@@ -387,31 +386,35 @@ def torchrun() -> None:
 
 
 class Stopped(pl.Callback):
-    """Stops the second process, and no other."""
+    """Stops one process, and no other."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, number: int, who: int) -> None:
+        self.number, self.who = number, who
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.current_epoch == 1 and rank() == 1:
+        if trainer.current_epoch == 1 and rank() == self.who:
             os.kill(os.getpid(), self.number)
 
 
-def stopped(number: int) -> None:
+def stopped(number: int, who: int) -> None:
     seed()
-    monitors = [] if os.environ.get("BARE") else default_monitors(probe=3, on_error="raise")
-    fit([*monitors, Stopped(number)], Plain(), max_epochs=3, **(ddp() | {"logger": logger()}))
+    monitors = default_monitors(probe=3, on_error="raise")
+    fit([*monitors, Stopped(number, who)], Plain(), max_epochs=3, **(ddp() | {"logger": logger()}))
 
 
 def terminated() -> None:
-    stopped(signal.SIGTERM)
+    stopped(signal.SIGTERM, 0)
+
+
+def terminated_elsewhere() -> None:
+    stopped(signal.SIGTERM, 1)
 
 
 def interrupted() -> None:
-    stopped(signal.SIGINT)
+    stopped(signal.SIGINT, 1)
 
 
-OTHERS: list[Callable[[], Any]] = [spawned, torchrun, terminated, interrupted]
+OTHERS: list[Callable[[], Any]] = [spawned, torchrun, terminated, terminated_elsewhere, interrupted]
 
 
 def main() -> None:

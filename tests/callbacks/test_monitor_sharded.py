@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import pickle
@@ -52,10 +53,8 @@ def finish(process: subprocess.Popen[str], folder: Path, timeout: float = 120) -
     except subprocess.TimeoutExpired:
         pytest.fail(f"the processes hung\n{(folder / 'output').read_text()[-6000:]}")
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     return code, (folder / "output").read_text()[-6000:]
 
 
@@ -183,10 +182,19 @@ def test_one_device_under_torchrun(tmp_path: Path) -> None:
     assert [event.step for event in read_events(file.parent).Images("cam/gradcam")] == [0, 2]
 
 
-@pytest.mark.parametrize("how", ["terminated", "interrupted"])
+@pytest.mark.parametrize("how", ["terminated", "terminated_elsewhere", "interrupted"])
 def test_a_stop_on_one_rank_leaves_readable_logs(tmp_path: Path, how: str) -> None:
     process = start(tmp_path, how)
-    finish(process, tmp_path, timeout=60)
+    try:
+        process.wait(timeout=25)
+    except subprocess.TimeoutExpired:
+        # Lightning's own handler broadcasts in the middle of a step, and the ranks can wait for each other, with and
+        # without monitors. What was seen before must be there all the same.
+        assert how.startswith("terminated")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     (file,) = tmp_path.rglob("events.out*")
     assert [event.step for event in read_events(file.parent).Images("cam/gradcam")][:2] == [0, 1]
 

@@ -87,7 +87,7 @@ def test_a_failure_on_one_rank_is_everyones(folder: Path) -> None:
 def test_a_failure_while_drawing_is_everyones_too(folder: Path) -> None:
     first, second = seen(folder, "fails_while_drawing")
     (said,) = first["said"]
-    assert "no space left" in said
+    assert "cannot be drawn" in said
     assert first["trained"] == second["trained"] == 6
     assert [step for tag, step in first["pictures"] if tag == "cam-full/gradcam"] == [0]
     assert [step for tag, step in first["pictures"] if tag == "norms/weight"] == [0, 1, 3, 5]
@@ -123,7 +123,7 @@ def test_a_failure_on_one_rank_can_end_the_run_on_all(folder: Path) -> None:
     first, second = seen(folder, "raises_on_one")
     assert "on rank 1" in first
     assert "no room on this one" in first
-    assert second == "MemoryError: no room on this one"
+    assert second == "ValueError: no room on this one"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
