@@ -418,6 +418,7 @@ OTHERS: list[Callable[[], Any]] = [spawned, torchrun, terminated, terminated_els
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     torch.set_num_threads(1)
     reading.sinks = SINKS
     for other in OTHERS:

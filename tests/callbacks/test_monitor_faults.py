@@ -628,7 +628,8 @@ writer.me = writer  # in a cycle that nobody collects
 """
 
 RUN = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)

@@ -167,6 +167,7 @@ def test_where_the_schedule_says_no_nobody_talks(folder: Path, how: str) -> None
         assert fourth > third, "the third one is"
 
 
+@pytest.mark.matrix
 def test_processes_that_are_spawned(tmp_path: Path) -> None:
     code, output = finish(start(tmp_path, "spawned"), tmp_path)
     assert code == 0, output
@@ -174,6 +175,7 @@ def test_processes_that_are_spawned(tmp_path: Path) -> None:
     assert [event.step for event in read_events(file.parent).Images("cam/gradcam")] == [0, 1]
 
 
+@pytest.mark.matrix
 def test_one_device_under_torchrun(tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
     code, output = finish(start(tmp_path, "torchrun", launcher=launcher), tmp_path)
@@ -182,6 +184,7 @@ def test_one_device_under_torchrun(tmp_path: Path) -> None:
     assert [event.step for event in read_events(file.parent).Images("cam/gradcam")] == [0, 2]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("how", ["terminated", "terminated_elsewhere", "interrupted"])
 def test_a_stop_on_one_rank_leaves_readable_logs(tmp_path: Path, how: str) -> None:
     process = start(tmp_path, how)
