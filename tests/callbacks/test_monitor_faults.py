@@ -81,7 +81,10 @@ OUT_OF_MEMORY: list[Callable[[], Exception]] = [
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
-def test_a_chunk_is_halved_for_all_until_it_fits(memory: MemorySink, error: Callable[[], Exception]) -> None:
+def test_a_chunk_is_halved_for_all_until_it_fits(
+    memory: MemorySink, error: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_interp.callbacks.session._CHUNKS", {"cpu": 12})
     hungry, other = Hungry(5, error), Hungry(99, error)
     monitors = [
         CAMMonitor(method=other, name="other", probe=12, on_error="raise"),

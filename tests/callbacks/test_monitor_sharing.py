@@ -46,8 +46,8 @@ def test_one_probe_given_to_two_is_one(memory: MemorySink) -> None:
 
 
 def test_a_large_probe_goes_in_chunks_that_are_shared_too(memory: MemorySink) -> None:
-    probe = Probe(*dataset(40).tensors)
-    assert forwards(default_monitors(probe=probe, on_error="raise"), max_epochs=1) == [1, 32, 8, 32, 8]
+    probe = Probe(*dataset(20).tensors)
+    assert forwards(default_monitors(probe=probe, on_error="raise"), max_epochs=1) == [1, 8, 8, 4, 8, 8, 4]
 
 
 def test_what_is_not_due_costs_nothing(memory: MemorySink) -> None:
