@@ -24,6 +24,7 @@ from lightning_interp.batches import (
     unpack_batch,
 )
 from lightning_interp.errors import ConfigurationError, describe
+from lightning_interp.guard import preserved_streams
 
 __all__ = ["Probe", "spread_indices"]
 
@@ -362,22 +363,13 @@ def _evenly(length: int, n: int) -> list[int]:
 @contextmanager
 def _fixed_random_streams(seed: int = 0) -> Iterator[None]:
     """Let the global random streams start at a seed within, and go on after as if nothing had been drawn."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # Asking for the state would initialise a device that nobody has used yet.
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    try:
+    with preserved_streams():
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
-        if cuda:
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.manual_seed_all(seed)
         yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 def _owned(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "layers": set(),
     "batches": set(),
     "_lightning": set(),
-    "probe": {"batches"},
+    "probe": {"batches", "guard"},
     "outputs": set(),
     "trace": {"outputs", "guard"},
     "spatial": {"trace", "outputs", "layers", "guard"},
