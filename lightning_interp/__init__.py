@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_interp import explain as explain
+    from lightning_interp import localize as localize
     from lightning_interp.callbacks import (
         CAMMonitor,
         FilterMonitor,
@@ -30,6 +31,7 @@ __all__ = [
     "WeightHistogramMonitor",
     "default_monitors",
     "explain",
+    "localize",
 ]
 
 # Resolved when first asked for: explaining in a notebook loads no Lightning, and importing the package costs nothing.
@@ -42,8 +44,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "explain":
-        return importlib.import_module("lightning_interp.explain")
+    if name in ("explain", "localize"):
+        return importlib.import_module(f"lightning_interp.{name}")
     return getattr(importlib.import_module(_HOMES.get(name, "lightning_interp.callbacks")), name)
 
 

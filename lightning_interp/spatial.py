@@ -1,4 +1,8 @@
-"""Where the last places are: the tensor that enters the final pooling or flattening, found by running the model."""
+"""Where the last places are: the tensor that enters the final pooling or flattening, found by running the model.
+
+Transformers whose class token feeds the classifier have two such: the tokens from which it is taken, where the others
+have said all they had to, and those that enter the last attention, which are the last that each have a say.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from lightning_interp.layers import find_layer, layer_name, original, plain_name
 from lightning_interp.outputs import Predict, checked_images, output_logits, run_model
 from lightning_interp.trace import Site, listening
 
-__all__ = ["locate"]
+__all__ = ["locate", "locate_features", "locate_last_convolution"]
 
 
 def locate(
@@ -31,7 +35,8 @@ def locate(
 
     Args:
         model: The model.
-        layer: A submodule or its dotted name, or None for the tensor that enters the final pooling or flattening.
+        layer: A submodule or its dotted name, or None for the tensor that enters the final pooling or flattening; in
+            a transformer with a class token, for the tokens that enter the last attention.
         images: (N, C, H, W): needed for None, where the first image is run through the model once.
         use: Which call of the module is meant where it is used more than once.
         predict: How to run the model, ``predict(model, images)``; None calls it.
@@ -59,11 +64,44 @@ def locate(
     known = _last_spatial.get(model)
     if predict is None and known is not None and known[0] == structure:
         return known[1]
-    with undisturbed(model), torch.no_grad():
-        site = _find_last_spatial(model, images[:1], predict)
+    watcher = _watched(model, images[:1], predict)
+    site = watcher.attended or watcher.found
+    if site is None:
+        raise ConfigurationError(
+            f"{type(model).__name__} has no spatial layer: no convolution's output enters a final pooling or "
+            f"flattening; {_ADVICE}"
+        )
     if predict is None:
         _last_spatial[model] = (structure, site)
     return site
+
+
+def locate_features(model: nn.Module, images: Tensor) -> Site:
+    """Find the tensor that enters the final pooling, flattening, or choice of the class token.
+
+    Args:
+        model: The model.
+        images: (N, C, H, W); the first is run through the model once.
+
+    Returns:
+        The site.
+
+    Raises:
+        ConfigurationError: If there is none.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+        >>> locate_features(model, torch.rand(1, 3, 8, 8)).name
+        '1'
+    """
+    found = _watched(model, images[:1], None).found
+    if found is None:
+        raise ConfigurationError(
+            f"{type(model).__name__} has no spatial layer: no convolution's output enters a final pooling or "
+            f"flattening; {_ADVICE}"
+        )
+    return found
 
 
 # Searching costs a forward pass of one image; the answer stays right while the model keeps its modules. With a
@@ -71,24 +109,65 @@ def locate(
 _last_spatial: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Site]] = WeakKeyDictionary()
 
 
-def _find_last_spatial(model: nn.Module, images: Tensor, predict: Predict | None) -> Site:
+def locate_last_convolution(model: nn.Module, images: Tensor) -> Site:
+    """Find what enters the last convolution: the features of a fully convolutional classifier.
+
+    Args:
+        model: The model, which has a convolution.
+        images: (N, C, H, W); the first is run through the model once.
+
+    Returns:
+        The site.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.AdaptiveAvgPool2d(1))
+        >>> locate_last_convolution(model, torch.rand(1, 3, 8, 8)).name
+        'input of 2'
+    """
+    watcher = _ConvolutionWatcher()
+    convolutions = {plain_name(name): each for name, each in model.named_modules() if isinstance(each, nn.Conv2d)}
+    with undisturbed(model), torch.no_grad(), listening(convolutions, watcher.heard), watcher:
+        run_model(model, images[:1].detach().clone(), None)
+    return Site(f"input of {watcher.name}", function=watcher.function, use=watcher.calls - 1)
+
+
+class _ConvolutionWatcher(TorchFunctionMode):
+    """Counts convolutions and remembers the name of the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "a convolution"
+        self.function: Any = None
+        self.calls = 0
+
+    def heard(self, name: str, module: nn.Module, output: Any) -> None:
+        self.name = name
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") == "conv2d":
+            self.function = func
+            self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+_ADVICE = "name a layer that gives (N, C, h, w) activations, or tokens, with layer=..."
+
+
+def _watched(model: nn.Module, images: Tensor, predict: Predict | None) -> _PoolingWatcher:
     images = images.detach().clone()
     watcher = _PoolingWatcher(images)
     modules = {plain_name(name): each for name, each in model.named_modules() if name and original(each) is each}
-    with listening(modules, watcher.heard), watcher:
+    with undisturbed(model), torch.no_grad(), listening(modules, watcher.heard), watcher:
         output = run_model(model, images, predict)
-    advice = "name a layer that gives (N, C, h, w) activations with layer=..."
-    if watcher.found is None:
-        raise ConfigurationError(
-            f"{type(model).__name__} has no spatial layer: no convolution's output enters a final pooling or "
-            f"flattening; {advice}"
-        )
-    if output_logits(output).ndim > 2:
+    if watcher.found is not None and output_logits(output).ndim > 2:
         raise ConfigurationError(
             f"the output of {type(model).__name__} is itself spatial, {describe(output_logits(output))}, so there is "
-            f"no final pooling to start from; {advice}"
+            f"no final pooling to start from; {_ADVICE}"
         )
-    return watcher.found
+    return watcher
 
 
 class _PoolingWatcher(TorchFunctionMode):
@@ -100,11 +179,17 @@ class _PoolingWatcher(TorchFunctionMode):
     _REDUCTIONS = frozenset({"mean", "sum", "amax"})
     # A norm over channels turns (N, 1, 1, C) back to (N, C, 1, 1): that is no pooling.
     _REORDERINGS = frozenset({"permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims"})
+    _SELECTIONS = frozenset({"__getitem__", "select"})
+    _ATTENTIONS = frozenset(
+        {"scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention", "softmax"}
+    )
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
         self._images = images  # flattened themselves, they are no layer
         self.found: Site | None = None
+        self.attended: Site | None = None  # where ``found`` gives a class token: the tokens of the last attention
+        self._attending: tuple[Site, torch.Size] | None = None
         self._convolved = False
         self._calls: Counter[Any] = Counter()
         self._uses: Counter[nn.Module] = Counter()
@@ -130,19 +215,45 @@ class _PoolingWatcher(TorchFunctionMode):
             entering = None
         if entering is not None and self._convolved and entering.ndim == 4 and self._has_places(name, entering):
             site = self._site_of(entering, func, name, call)
+        if name in self._ATTENTIONS:
+            self._attending = self._last_tokens() or self._attending
         result = func(*args, **(kwargs or {}))
         self._convolved |= name in self._WEIGHTED
         # x.flatten(2).mean(-1) pools; flattened alone, places may become a transformer's tokens.
         if entering is not None and entering.ndim == 3 and id(entering) in self._entered and name in self._REDUCTIONS:
             self.found = self._entered[id(entering)][2]
+        if entering is not None and self._convolved and isinstance(result, Tensor):
+            self._watch_tokens(entering, result, func, name, call)
         if site is not None and isinstance(result, Tensor) and entering is not None:
             if id(entering) in self._entered:
                 site = self._entered[id(entering)][2]
             if name in self._TRANSPARENT or result.shape == (*entering.shape[:2], entering.shape[2:].numel()):
                 self._entered[id(result)] = (result, entering, site)
             if entering.shape[2:].numel() > 1 and self._takes_location(name, entering, result):
-                self.found = site
+                self.found, self.attended = site, None
         return result
+
+    def _watch_tokens(self, entering: Tensor, result: Tensor, function: Any, name: str, call: int) -> None:
+        """Tokens (N, T, C) of which one is chosen, or which are averaged, leave (N, C)."""
+        if (
+            entering.ndim != 3
+            or result.shape != (entering.shape[0], entering.shape[2])
+            or id(entering) in self._entered
+        ):
+            return
+        if entering.shape[1] > 1 and name in self._SELECTIONS | self._REDUCTIONS:
+            self.found = self._site_of(entering, function, name, call)
+            attending = self._attending
+            shared = name in self._SELECTIONS and attending is not None and attending[1] == entering.shape
+            self.attended = attending[0] if shared and attending is not None else None
+
+    def _last_tokens(self) -> tuple[Site, torch.Size] | None:
+        """The last module that gave tokens: a norm, where there are norms, rather than what makes keys and values."""
+        tokens = [each for each in self._outputs if each[3].ndim == 3 and each[3].shape[1] > 1]
+        norms = [each for each in tokens if "norm" in type(each[1]).__name__.lower()]
+        for name, module, use, output, _ in reversed(norms or tokens):
+            return Site(name, module, use=use), output.shape
+        return None
 
     def _has_places(self, name: str, entering: Tensor) -> bool:
         # VGG's adaptive pooling makes many places of one, where images are small.
@@ -150,6 +261,8 @@ class _PoolingWatcher(TorchFunctionMode):
 
     def _takes_location(self, name: str, entering: Tensor, result: Tensor) -> bool:
         n, c, h, w = entering.shape
+        if result.ndim == 2 and name in self._REDUCTIONS and result.shape == (n, w):
+            return True  # (N, h, w, C)
         if result.ndim == 4:
             return tuple(result.shape[2:]) == (1, 1) and name not in self._REORDERINGS
         if result.ndim == 3:

@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 from lightning_interp.errors import ConfigurationError, describe
 from lightning_interp.guard import undisturbed
 from lightning_interp.outputs import Predict, checked_images, first_tensor, output_logits, run_model
+from lightning_interp.tokens import to_grid
 
-__all__ = ["Site", "Targets", "Trace", "listening"]
+__all__ = ["Site", "Targets", "Trace", "listening", "replacing", "run_until"]
 
 Targets = int | Tensor | Callable[[Any], Tensor] | None
 
@@ -178,16 +179,21 @@ class Trace:
         return Trace(self.model, images, self.targets, input_gradients=True, predict=self.predict, offset=self.offset)
 
     def activations(self, layer: Site) -> Tensor:
-        """What the layer gave, detached, in its own dtype."""
-        return self._tensor(layer).detach()
+        """What the layer gave, detached, in its own dtype: (N, C, h, w) where it has places, tokens included."""
+        return to_grid(self._tensor(layer).detach(), self._image_size)
 
     def gradients(self, layer: Site) -> Tensor:
-        """The gradient of each image's score towards the layer's output."""
-        return self._gradient(layer)
+        """The gradient of each image's score towards the layer's output, as :meth:`activations` gives it."""
+        return to_grid(self._gradient(layer), self._image_size)
 
     def input_gradients(self) -> Tensor:
         """The gradient of each image's score towards the image, (N, C, H, W)."""
         return self._gradient(None)
+
+    @property
+    def _image_size(self) -> tuple[int, int]:
+        height, width = self.images.shape[-2:]
+        return height, width
 
     def _run(self, stack: ExitStack) -> None:
         images = self.images.detach().clone()  # the model may change its input in place
@@ -357,6 +363,81 @@ def listening(modules: Mapping[str, nn.Module], heard: Callable[[str, nn.Module,
         for name, module in modules.items():
             stack.callback(module.register_forward_hook(partial(hook, name)).remove)
         yield
+
+
+@contextmanager
+def replacing(site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Change what passes a site, in forward passes that run inside.
+
+    Args:
+        site: Where.
+        change: From the tensor that passes to the one that is handed on.
+
+    Example:
+        >>> import torch
+        >>> from lightning_interp.spatial import locate
+        >>> model = nn.Sequential(nn.Identity(), nn.Identity())
+        >>> with replacing(locate(model, "0"), lambda tensor: tensor + 1):
+        ...     model(torch.zeros(2))
+        tensor([1., 1.])
+    """
+    calls = 0
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        tensor = first_tensor(output)
+        if tensor is None or site.use not in (-1, calls - 1):
+            return output
+        return _replaced(output, tensor, change(tensor))
+
+    with ExitStack() as stack:
+        if site.module is None:
+            stack.enter_context(_FunctionTap([site], lambda sites, tensor: change(tensor)))
+        else:
+            stack.callback(site.module.register_forward_hook(hook).remove)
+        yield
+
+
+class _Reached(Exception):  # noqa: N818 (no error: it ends a pass where it need not go on)
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+
+def run_until(model: nn.Module, images: Tensor, site: Site) -> Tensor:
+    """What passes a site, with its graph; nothing after it runs.
+
+    Args:
+        model: The model.
+        images: (N, C, H, W) as the model takes them.
+        site: Where to stop.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        ConfigurationError: If the pass never comes there.
+
+    Example:
+        >>> import torch
+        >>> from lightning_interp.spatial import locate
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(2))
+        >>> run_until(model, torch.zeros(1, 3, 8, 8), locate(model, "0")).shape  # the lazy layer stays lazy
+        torch.Size([1, 4, 6, 6])
+    """
+
+    def stop(tensor: Tensor) -> Tensor:
+        raise _Reached(tensor)
+
+    try:
+        with replacing(site, stop):
+            run_model(model, images, None)
+    except _Reached as reached:
+        return reached.tensor
+    raise ConfigurationError(
+        f"the layer {site.name!r} did not run in the model's forward pass; choose a layer that does"
+    )
 
 
 def _replaced(output: Any, old: Tensor, new: Tensor) -> Any:

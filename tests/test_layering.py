@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_interp"
 
 # Which rooms a room may import; `errors` is open to all, and a room may always import itself.
 ALLOWED: dict[str, set[str]] = {
-    "__init__": {"callbacks", "explain", "probe"},
+    "__init__": {"callbacks", "explain", "localize", "probe"},
     "errors": set(),
     "records": set(),
     "schedule": set(),
@@ -24,12 +24,13 @@ ALLOWED: dict[str, set[str]] = {
     "_lightning": set(),
     "probe": {"batches", "guard"},
     "outputs": set(),
-    "trace": {"outputs", "guard"},
+    "tokens": set(),
+    "trace": {"outputs", "guard", "tokens"},
     "spatial": {"trace", "outputs", "layers", "guard"},
     "explain": {"trace", "spatial", "outputs", "layers", "records", "guard"},
     "units": {"trace", "layers", "records", "explain"},
     "weights": {"trace", "layers", "records", "shards"},
-    "localize": {"trace", "layers", "records"},
+    "localize": {"trace", "spatial", "tokens", "outputs", "layers", "records", "guard"},
     "render": {"records"},
     "sinks": {"records"},
     "distributed": {"_lightning", "shards"},

@@ -1,0 +1,78 @@
+"""Layers that keep their places in another order than (N, C, h, w): tokens, and channels that come last."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+__all__ = ["layout_of", "to_grid"]
+
+_MOST_PREFIX_TOKENS = 16  # class, distillation and register tokens
+
+
+def to_grid(activations: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Activations as (N, C, h, w), where they have places at all.
+
+    Args:
+        activations: (N, C, h, w), (N, h, w, C), or tokens (N, T, C) that start with those that have no place (class,
+            distillation, registers) and go on row by row.
+        image_size: (H, W) of the images, whose aspect ratio the grid has.
+
+    Returns:
+        A view (N, C, h, w); ``activations`` themselves where they fit none of these.
+
+    Example:
+        >>> import torch
+        >>> [tuple(to_grid(torch.zeros(shape), (224, 224)).shape) for shape in [(2, 197, 8), (2, 7, 7, 96), (2, 96)]]
+        [(2, 8, 14, 14), (2, 96, 7, 7), (2, 96)]
+    """
+    layout = layout_of(activations, image_size)
+    if layout is None:
+        return activations
+    if layout == "channels_last":
+        return activations.permute(0, 3, 1, 2)
+    if layout == "channels_first":
+        return activations
+    tokens = activations[:, layout:]
+    height, width = _grid(tokens.shape[1], image_size)
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, height, width)
+
+
+def layout_of(activations: Tensor, image_size: tuple[int, int]) -> str | int | None:
+    """How a layer keeps its places.
+
+    Args:
+        activations: What the layer gave.
+        image_size: (H, W) of the images.
+
+    Returns:
+        ``"channels_first"``, ``"channels_last"``, for tokens the number of those without a place, or None.
+
+    Example:
+        >>> import torch
+        >>> layout_of(torch.zeros(1, 201, 8), (224, 224))  # a class token and four registers
+        5
+    """
+    shape, (height, width) = activations.shape, image_size
+    if activations.ndim == 4:
+        first = abs(math.log(shape[2] * width / (shape[3] * height)))
+        last = abs(math.log(shape[1] * width / (shape[2] * height)))
+        return "channels_last" if last < first else "channels_first"
+    if activations.ndim != 3:
+        return None
+    fitting = [
+        shape[1] - grid
+        for patch in range(1, min(height, width) + 1)
+        if 0 <= shape[1] - (grid := (height // patch) * (width // patch)) <= min(_MOST_PREFIX_TOKENS, grid - 1)
+    ]
+    return min(fitting, default=None)
+
+
+def _grid(places: int, image_size: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of so many places, in the shape of the image."""
+    height, width = image_size
+    for patch in range(min(height, width), 0, -1):
+        if (height // patch) * (width // patch) == places:
+            return height // patch, width // patch
+    raise ValueError(f"{places} tokens do not fit images of {height} x {width}")
