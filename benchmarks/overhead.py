@@ -126,12 +126,14 @@ class Measurement(pl.Callback):
         def add_histograms() -> None:
             for name, parameter in parameters.items():
                 trainer.logger.experiment.add_histogram(f"by_hand/{name}", parameter, 1)
+            trainer.logger.experiment.flush()  # what waits in the queue is not the next one's to pay
 
         def our_histograms() -> None:
             with torch.no_grad():
                 for record in histograms.report(histograms.observe(module, 1), 1):
                     for sink in session.sinks:
                         sink.write(record, 1)
+            trainer.logger.experiment.flush()
 
         def fused_norm() -> None:
             float(torch.nn.utils.get_total_norm(list(parameters.values())))
@@ -274,10 +276,7 @@ def measure(name: str, probe: int, repeats: int) -> str:
     pl.seed_everything(0)
     warnings.filterwarnings("ignore")
     data = TensorDataset(torch.randn(probe, 3, 224, 224), torch.zeros(probe, dtype=torch.long))
-    # Vision transformers have tokens where other networks have maps.
-    layer = {"layer": "network.conv_proj"} if name.startswith("vit") else {}
     monitors = li.default_monitors(probe=probe, on_error="raise", at_start=False)
-    monitors[0] = li.CAMMonitor(probe=probe, on_error="raise", at_start=False, **layer)
     measurement = Measurement(name, probe, repeats)
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
