@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from torch import Tensor
 
-__all__ = ["layout_of", "to_grid"]
+__all__ = ["Layout", "layout_of", "on_grid", "to_grid"]
+
+Layout = Literal["channels_first", "channels_last"] | int | None
 
 _MOST_PREFIX_TOKENS = 16  # class, distillation and register tokens
 
@@ -27,19 +30,28 @@ def to_grid(activations: Tensor, image_size: tuple[int, int]) -> Tensor:
         >>> [tuple(to_grid(torch.zeros(shape), (224, 224)).shape) for shape in [(2, 197, 8), (2, 7, 7, 96), (2, 96)]]
         [(2, 8, 14, 14), (2, 96, 7, 7), (2, 96)]
     """
-    layout = layout_of(activations, image_size)
-    if layout is None:
+    return on_grid(activations, layout_of(activations, image_size), image_size)
+
+
+def on_grid(activations: Tensor, layout: Layout, image_size: tuple[int, int]) -> Tensor:
+    """Activations of a known layout as (N, C, h, w).
+
+    Example:
+        >>> import torch
+        >>> on_grid(torch.zeros(2, 197, 8), 1, (224, 224)).shape
+        torch.Size([2, 8, 14, 14])
+    """
+    if layout is None or layout == "channels_first":
         return activations
     if layout == "channels_last":
         return activations.permute(0, 3, 1, 2)
-    if layout == "channels_first":
-        return activations
+    assert isinstance(layout, int)
     tokens = activations[:, layout:]
     height, width = _grid(tokens.shape[1], image_size)
     return tokens.transpose(1, 2).reshape(len(tokens), -1, height, width)
 
 
-def layout_of(activations: Tensor, image_size: tuple[int, int]) -> str | int | None:
+def layout_of(activations: Tensor, image_size: tuple[int, int]) -> Layout:
     """How a layer keeps its places.
 
     Args:

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate, map_arg
+from torch.nn import functional as F  # noqa: N812 (the usual name)
 
 from lightning_interp.guard import preserved_streams, undisturbed
-from lightning_interp.tokens import layout_of, to_grid
+from lightning_interp.tokens import Layout, layout_of, on_grid
 from lightning_interp.trace import Site, run_until
 
 __all__ = ["cut"]
@@ -35,19 +37,19 @@ def cut(model: nn.Module, images: Tensor, site: Site) -> nn.Module:
         wanted = run_until(model, images.clone(), site).clone()
     body = _own_features(model, images, wanted) or _graph(model, images, wanted) or _Until(model, images, site)
     layout = layout_of(wanted, image_size)
-    return body if layout == "channels_first" else _OnGrid(body)
+    return body if layout == "channels_first" else _OnGrid(body, layout)
 
 
 class _OnGrid(nn.Module):
     """Tokens, or channels that come last, as (N, C, h, w)."""
 
-    def __init__(self, body: nn.Module) -> None:
+    def __init__(self, body: nn.Module, layout: Layout) -> None:
         super().__init__()
-        self.body = body
+        self.body, self.layout = body, layout
+        self.training = body.training
 
     def forward(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        return to_grid(self.body(images), (height, width))
+        return on_grid(self.body(images), self.layout, (images.shape[2], images.shape[3]))
 
 
 class _OwnFeatures(nn.Module):
@@ -56,6 +58,7 @@ class _OwnFeatures(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.training = model.training
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.model.forward_features(images)  # type: ignore[operator]
@@ -68,8 +71,8 @@ class _Until(nn.Module):
     def __init__(self, model: nn.Module, images: Tensor, site: Site) -> None:
         super().__init__()
         _drop_unused(model, lambda: run_until(model, images.clone(), site))
-        self.model = model
-        self.site = site
+        self.model, self.site = model, site
+        self.training = model.training
 
     def forward(self, images: Tensor) -> Tensor:
         return run_until(self.model, images, self.site)
@@ -131,9 +134,8 @@ def _graph(model: nn.Module, images: Tensor, wanted: Tensor) -> nn.Module | None
             with preserved_streams():  # and it runs the model's own code
                 wholes.append(fx.GraphModule(root, fx.Tracer().trace(root), type(model).__name__))
         last = _last_equal(model, wholes[0], images, wanted)
-        body = fx.GraphModule(
-            wholes[0], _merged(*(_ended(whole.graph, last) for whole in wholes)), type(model).__name__
-        )
+        graph = _merged(*(_ended(whole.graph, last) for whole in wholes))
+        body = _Graph(wholes[0], graph, type(model).__name__)
     except Exception:  # whatever a model's code does with what is not a tensor
         return None
     finally:
@@ -141,6 +143,47 @@ def _graph(model: nn.Module, images: Tensor, wanted: Tensor) -> nn.Module | None
             module.training = modes[name]
     for name, module in body.named_modules():
         module.training = modes.get(name, model.training)
+    return body
+
+
+class _Graph(fx.GraphModule):
+    """A graph that is pickled as it is; torch would trace it once more, and differently."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        nodes = [
+            (
+                node.op,
+                _portable(node.target),
+                *map_arg((node.args, node.kwargs), lambda each: _Named(each.name)),
+                node.name,
+            )
+            for node in self.graph.nodes
+        ]
+        modes = {name: module.training for name, module in self.named_modules()}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_graph", "_code")}
+        return _restored, (state, nodes, modes)
+
+
+class _Named(str):
+    """A node, or a function of ``torch.nn.functional``, by its name."""
+
+
+def _portable(target: Any) -> Any:
+    """What a node calls; some functions there are made in others, and have no place to be found again."""
+    name = getattr(target, "__name__", "")
+    return _Named(name) if callable(target) and getattr(F, name, None) is target else target
+
+
+def _restored(state: dict[str, Any], nodes: list[Any], modes: dict[str, bool]) -> nn.Module:
+    root, graph, made = nn.Module(), fx.Graph(), dict[str, fx.Node]()
+    root.__dict__.update(state)
+    for op, target, args, kwargs, own in nodes:
+        known = map_aggregate((args, kwargs), lambda each: made[each] if isinstance(each, _Named) else each)
+        called = getattr(F, target) if isinstance(target, _Named) else target
+        made[own] = graph.create_node(op, called, *known, own)
+    body = _Graph(root, graph)
+    for each, module in body.named_modules():
+        module.training = modes[each]
     return body
 
 

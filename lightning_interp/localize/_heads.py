@@ -31,12 +31,18 @@ class LinearHead(nn.Linear):
         self, in_features: int, num_classes: int, norm: nn.Module | None = None, dropout: float = 0.0, bias: bool = True
     ) -> None:
         super().__init__(in_features, num_classes, bias)
-        # The features of a trained backbone can be large: with large weights the first steps would wreck it.
-        nn.init.normal_(self.weight, std=0.01)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
         self.norm = norm
         self.dropout = nn.Dropout(dropout) if dropout else None
+
+    def reset_parameters(self) -> None:
+        """Start with zeros.
+
+        What all classes have in common moves no probability, so training would never take random weights out of the
+        maps.
+        """
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, C, h, w) features to (N, K) logits."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_interp.errors import ConfigurationError, describe
 from lightning_interp.guard import undisturbed
-from lightning_interp.layers import original
+from lightning_interp.layers import find_layer, layer_name, original
 from lightning_interp.localize._cut import cut
 from lightning_interp.localize._heads import LinearHead, PooledMaps, kept_head
 from lightning_interp.localize._stride import refine
@@ -110,11 +110,15 @@ class GAPClassifier(nn.Module):
         renewed = num_classes is not None or conv_channels is not None or bool(dropout)
         if isinstance(model, GAPClassifier) and not renewed and layer is None and output_stride is None:
             return copy.deepcopy(model)
+        if layer is not None:
+            layer = layer_name(model, find_layer(model, layer))
         model = copy.deepcopy(model)
         images = _noise(model, sample)
-        if output_stride is not None:
-            refine(model, images, _site(model, images, layer), output_stride)
         site = _site(model, images, layer)
+        if output_stride is not None:
+            refine(model, images, site, output_stride)
+            if site.module is None:
+                site = _site(model, images, layer)  # calls by function may have become others
         kept = _kept(model, images, site, dropout)
         kind, classes = type(model).__name__, num_classes or _number_of_classes(model, images)
         if num_classes is None and conv_channels is None and kept is not None:
@@ -171,7 +175,7 @@ def _noise(model: nn.Module, sample: Tensor | None) -> Tensor:
     return noise.to(like.device, like.dtype if sample is None else sample.dtype)
 
 
-def _site(model: nn.Module, images: Tensor, layer: str | nn.Module | None) -> Site:
+def _site(model: nn.Module, images: Tensor, layer: str | None) -> Site:
     try:
         return locate_features(model, images) if layer is None else locate(model, layer)
     except (RuntimeError, AssertionError) as error:
