@@ -51,15 +51,18 @@ def main(argv: Sequence[str] | None = None) -> float:
     trainer = pl.Trainer(
         max_epochs=args.epochs,
         logger=TensorBoardLogger(args.log_dir, name="quickstart", default_hp_metric=False),
-        callbacks=[*li.default_monitors()],
+        # The pictures know where their shapes are, so that it can be scored, too, where the network looks.
+        callbacks=[*li.default_monitors(), li.LocalizationMonitor(method="cam")],
         log_every_n_steps=1 if args.small else 10,
         accelerator="auto",
         devices=1,
     )
     trainer.fit(model, train_loader, val_loader)
 
-    accuracy = float(trainer.callback_metrics["val_acc"])
+    accuracy, boxes = (float(trainer.callback_metrics[name]) for name in ("val_acc", "localization/max_box_accuracy"))
+    whole = float(trainer.callback_metrics["localization/max_box_accuracy/whole_image"])
     print(f"\nValidation accuracy: {accuracy:.1%}")
+    print(f"Boxes drawn from the class activation maps that meet the shape's: {boxes:.1%} (whole image: {whole:.1%})")
     print(f"The pictures are in {trainer.log_dir}. To look at them:\n")
     print(f'    tensorboard --logdir "{args.log_dir}" --samples_per_plugin images=1000\n')
     return accuracy

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from lightning_interp.callbacks import (
         CAMMonitor,
         FilterMonitor,
+        GAPHeadFinetuning,
+        LocalizationMonitor,
         NormMonitor,
         SaliencyMonitor,
         WeightHistogramMonitor,
@@ -25,6 +27,8 @@ __all__ = [
     "CAMMonitor",
     "ConfigurationError",
     "FilterMonitor",
+    "GAPHeadFinetuning",
+    "LocalizationMonitor",
     "NormMonitor",
     "Probe",
     "SaliencyMonitor",

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_utilities.core.rank_zero import rank_zero_info
     from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning.callbacks import BaseFinetuning
 
-__all__ = ["Callback", "LightningModule", "Trainer", "rank_zero_info"]
+__all__ = ["BaseFinetuning", "Callback", "LightningModule", "Trainer", "rank_zero_info"]
 
 
 def _installed(name: str) -> ModuleType | None:
@@ -34,3 +35,6 @@ if not TYPE_CHECKING:
 
     class Callback(*(package.Callback for package in _packages)):
         """A callback in the eyes of every Lightning that is installed: each package checks for its own class."""
+
+    class BaseFinetuning(*(package.callbacks.BaseFinetuning for package in _packages)):
+        """The base of callbacks that freeze and unfreeze, in the eyes of every Lightning that is installed."""

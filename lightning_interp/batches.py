@@ -12,7 +12,16 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from lightning_interp.errors import ConfigurationError, describe
 
-__all__ = ["as_images", "describe", "read_class_names", "read_labels", "read_normalization", "unpack_batch"]
+__all__ = [
+    "apply_unpack",
+    "as_images",
+    "describe",
+    "read_class_names",
+    "read_labels",
+    "read_normalization",
+    "unpack_batch",
+    "wrapped",
+]
 
 IMAGE_NAMES = ("image", "images", "img", "imgs", "pixel_values", "x", "input", "inputs", "data")
 TARGET_NAMES = ("label", "labels", "target", "targets", "y", "class", "classes", "category", "cls")
@@ -46,15 +55,7 @@ def unpack_batch(batch: Any, unpack: Callable[[Any], Any] | None = None) -> tupl
         >>> images.shape, targets
         (torch.Size([2, 3, 8, 8]), tensor([4, 1]))
     """
-    found = batch
-    if unpack is not None:
-        try:
-            found = unpack(batch)
-        except Exception as error:
-            raise ConfigurationError(
-                f"unpack= failed on the batch {describe(batch)}: {type(error).__name__}: {error}. It takes "
-                "the collated batch and gives images (N, C, H, W) or (images, targets)"
-            ) from error
+    found = apply_unpack(batch, unpack)
     source = "the batch" if unpack is None else "what unpack= gave"
     images, targets = _split(found)
     if images is None:
@@ -65,6 +66,34 @@ def unpack_batch(batch: Any, unpack: Callable[[Any], Any] | None = None) -> tupl
         )
     checked = as_images(images, f"the images in {source}, {describe(found)},")
     return checked, _read_targets(targets, len(checked))
+
+
+def apply_unpack(batch: Any, unpack: Callable[[Any], Any] | None) -> Any:
+    """Run a user's ``unpack`` on a batch.
+
+    Args:
+        batch: The batch.
+        unpack: What takes it apart; None leaves it as it is.
+
+    Returns:
+        What it gave.
+
+    Raises:
+        ConfigurationError: If it fails.
+
+    Example:
+        >>> apply_unpack((1, 2, 3), lambda batch: batch[:2])
+        (1, 2)
+    """
+    if unpack is None:
+        return batch
+    try:
+        return unpack(batch)
+    except Exception as error:
+        raise ConfigurationError(
+            f"unpack= failed on the batch {describe(batch)}: {type(error).__name__}: {error}. It takes "
+            "the collated batch and gives images (N, C, H, W) or (images, targets)"
+        ) from error
 
 
 def as_images(value: Any, what: str = "images") -> Tensor:
@@ -164,7 +193,7 @@ def read_class_names(dataset: Any) -> tuple[str, ...] | None:
         names = [name[0] if isinstance(name, (list, tuple)) and name else name for name in classes]
         if all(isinstance(name, str) for name in names):
             return tuple(names)
-    return next((found for inner in _wrapped(dataset) if (found := read_class_names(inner))), None)
+    return next((found for inner in wrapped(dataset) if (found := read_class_names(inner))), None)
 
 
 def read_normalization(dataset: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -194,7 +223,7 @@ def read_normalization(dataset: Any) -> tuple[tuple[float, ...], tuple[float, ..
                 continue
             if len(mean) == len(std) and all(std):
                 return mean, std
-    return next((found for inner in _wrapped(dataset) if (found := read_normalization(inner))), None)
+    return next((found for inner in wrapped(dataset) if (found := read_normalization(inner))), None)
 
 
 def _label_candidates(dataset: Any) -> Iterator[Any]:
@@ -206,12 +235,24 @@ def _label_candidates(dataset: Any) -> Iterator[Any]:
         pairs = getattr(dataset, name, None)
         if isinstance(pairs, (list, tuple)) and all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
             yield [label for _, label in pairs]
-    for inner in _wrapped(dataset):
+    for inner in wrapped(dataset):
         yield read_labels(inner)
 
 
-def _wrapped(dataset: Any) -> Sequence[Any]:
-    """The data sets within a data set."""
+def wrapped(dataset: Any) -> Sequence[Any]:
+    """Find the data sets within a data set.
+
+    Args:
+        dataset: Any.
+
+    Returns:
+        Those of a ConcatDataset, the one of a Subset or of another wrapper, or none.
+
+    Example:
+        >>> from torch.utils.data import Subset
+        >>> wrapped(Subset([4, 5, 6], [0]))
+        [[4, 5, 6]]
+    """
     if isinstance(dataset, ConcatDataset):
         return list(dataset.datasets)
     inner = getattr(dataset, "dataset", None)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
+from lightning_interp.annotations import Annotations, dataset_annotations, unpack_annotated
 from lightning_interp.batches import (
     as_images,
     read_class_names,
@@ -121,11 +122,13 @@ class Probe:
         class_names: ClassNames | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        annotated: bool = False,
     ) -> Probe:
         """Take images from a data set, the same ones each time, leaving the global random streams untouched.
 
         Random transforms draw from a fixed seed. Class names and normalisation are the data set's own where
-        they are not given.
+        they are not given. Boxes and masks come along where the batch is a mapping that has them, or else where
+        the data set has attributes ``boxes`` and ``masks`` with an entry for each item.
 
         Args:
             dataset: With ``__len__`` and ``__getitem__``.
@@ -139,6 +142,7 @@ class Probe:
             class_names: As for ``Probe``.
             mean: As for ``Probe``, of the images after ``transfer``.
             std: As for ``Probe``, of the images after ``transfer``.
+            annotated: Whether boxes and masks that cannot be read are an error; otherwise they are left out.
 
         Returns:
             The probe, on the CPU.
@@ -167,16 +171,20 @@ class Probe:
                     with suppress(ConfigurationError):
                         before = _owned(unpack_batch(batch, unpack)[0])
                     batch = transfer(batch)
-                images, targets = unpack_batch(batch, unpack)
+                images, targets, found = _unpacked(batch, unpack, annotated)
             except ConfigurationError as error:
                 raise ConfigurationError(f"no probe can be made of the items of {kind}: {error}") from error
+        if found is None:
+            with suppress(*() if annotated else (ConfigurationError,)):
+                found = dataset_annotations(source, chosen, images.shape)
         given = mean is not None or std is not None
-        if not given and (found := read_normalization(source)) is not None:
+        if not given and (numbers := read_normalization(source)) is not None:
             # The hooks may have changed the channels, so what was found need not fit.
-            mean, std = found if len(found[0]) in (1, images.shape[1]) else (None, None)
+            mean, std = numbers if len(numbers[0]) in (1, images.shape[1]) else (None, None)
         if class_names is None:
             class_names = read_class_names(source)
-        probe = cls(images, _labelled(targets), class_names=class_names, mean=mean, std=std)
+        known: dict[str, Any] = {"class_names": class_names, "mean": mean, "std": std}
+        probe = cls._annotated(images, _labelled(targets), found, annotated, **known)
         # Given numbers undo what the hooks did; found ones undo what was done before them.
         return probe if given or before is None else probe._shown_as(before)
 
@@ -190,6 +198,7 @@ class Probe:
         class_names: ClassNames | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        annotated: bool = False,
     ) -> Probe:
         """Copy the first images of a batch that passes by.
 
@@ -200,6 +209,7 @@ class Probe:
             class_names: As for ``Probe``.
             mean: As for ``Probe``.
             std: As for ``Probe``.
+            annotated: Whether boxes and masks that cannot be read are an error; otherwise they are left out.
 
         Returns:
             The probe, on the CPU.
@@ -214,9 +224,26 @@ class Probe:
             4
         """
         n = _check_count(n)
-        images, targets = unpack_batch(batch, unpack)
+        images, targets, found = _unpacked(batch, unpack, annotated)
         labels = None if targets is None else _labelled(targets[:n])
-        return cls(images[:n], labels, class_names=class_names, mean=mean, std=std)
+        if found is not None:
+            boxes, masks = found.boxes, found.masks
+            found = Annotations(None if boxes is None else boxes[:n], None if masks is None else masks[:n])
+        return cls._annotated(images[:n], labels, found, annotated, class_names=class_names, mean=mean, std=std)
+
+    @classmethod
+    def _annotated(
+        cls, images: Tensor, labels: Tensor | None, found: Annotations | None, strict: bool, **known: Any
+    ) -> Probe:
+        """A probe with boxes and masks, or without where these are wrong and that is no error."""
+        if found is None:
+            return cls(images, labels, **known)
+        try:
+            return cls(images, labels, boxes=found.boxes, masks=found.masks, **known)
+        except ConfigurationError:
+            if strict:
+                raise
+            return cls(images, labels, **known)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -376,6 +403,18 @@ def _owned(tensor: Tensor) -> Tensor:
     """A copy on the CPU, free of any graph and usable with gradients even if made under inference mode."""
     with torch.inference_mode(False):
         return tensor.detach().as_subclass(Tensor).to("cpu", copy=True).contiguous()
+
+
+def _unpacked(
+    batch: Any, unpack: Callable[[Any], Any] | None, strict: bool
+) -> tuple[Tensor, Tensor | None, Annotations | None]:
+    """Boxes and masks that cannot be read are an error only where they are asked for."""
+    try:
+        return unpack_annotated(batch, unpack)
+    except ConfigurationError:
+        if strict:
+            raise
+        return *unpack_batch(batch, unpack), None
 
 
 def _labelled(targets: Tensor | None) -> Tensor | None:

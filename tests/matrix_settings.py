@@ -21,6 +21,8 @@ import lightning_interp
 from lightning_interp import CAMMonitor, default_monitors
 from lightning_interp.callbacks import Monitor, reading
 from lightning_interp.callbacks.session import _sessions
+from lightning_interp.localize import GAPClassifier
+from lightning_interp.localize._heads import LinearHead
 from lightning_interp.sinks import MemorySink
 
 CLASSES = 3
@@ -88,6 +90,14 @@ class FrozenBackbone(Net):
     def __init__(self) -> None:
         super().__init__()
         self.net[:8].eval().requires_grad_(False)
+
+
+class Pooled(Net):
+    """A localiser, whose validation steps are listened to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = GAPClassifier(self.net[:8], LinearHead(6, CLASSES))
 
 
 class Manual(Net):
@@ -195,6 +205,7 @@ class Augmented(Dataset[Any]):
     def __init__(self, n: int) -> None:
         generator = torch.Generator().manual_seed(n)
         self.images, self.labels = torch.rand(n, 3, 12, 12, generator=generator), torch.arange(n) % CLASSES
+        self.boxes = [[1 + index % 4, 2, 7 + index % 4, 11] for index in range(n)]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -268,6 +279,7 @@ SETTINGS: dict[str, Setting] = {
     "steps": Setting(options=every_third),
     "frozen batch norms": Setting(FrozenNorms),
     "frozen backbone": Setting(FrozenBackbone),
+    "a localiser": Setting(Pooled),
     "accumulation": Setting(trainer={"accumulate_grad_batches": 2}),
     "steps amid accumulation": Setting(trainer={"accumulate_grad_batches": 3}, options=every_step),
     "clipping": Setting(trainer={"gradient_clip_val": 0.05}, options=every_third),
@@ -299,6 +311,7 @@ DDP = {"devices": 2, "strategy": "ddp"}
 TWO_PROCESSES: dict[str, Setting] = {
     "ddp": Setting(trainer=DDP),
     "ddp, steps amid accumulation": Setting(trainer=DDP | {"accumulate_grad_batches": 2}, options=every_step),
+    "ddp, a localiser": Setting(Pooled, trainer=DDP),
     "ddp, norms that speak": Setting(Synced, trainer=DDP),
     "ddp, unused parameters": Setting(Unused, trainer=DDP | {"strategy": "ddp_find_unused_parameters_true"}),
     "ddp, a flawed explanation": Setting(trainer=DDP, beside=flawed),
@@ -365,7 +378,9 @@ def snapshot(trainer: pl.Trainer) -> Snapshot:
     found["numpy stream"] = bits(np.random.get_state())
     found["python stream"] = random.getstate()
     found["modes of torch"] = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), trainer.state.stage)
-    found["metrics"] = bits(dict(sorted(trainer.callback_metrics.items())))
+    # Scores are logged as the user's own numbers are, beside them.
+    logged = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("localization/")}
+    found["metrics"] = bits(dict(sorted(logged.items())))
     found["steps"] = trainer.global_step
     found["graphs"] = list(GRAPHS)
     return found

@@ -38,6 +38,7 @@ pytestmark = [pytest.mark.filterwarnings(f"ignore:{words}") for words in matrix.
 # The slice: every setting with the monitors that most users take, and every monitor by itself.
 SLICE = [(setting, "default_monitors") for setting in SETTINGS if setting != "compiled part, steps"]
 SLICE += [("accumulation", kind.__name__) for kind in MONITORS]
+SLICE += [("a localiser", "LocalizationMonitor")]
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,8 @@ from lightning_interp.callbacks.base import Monitor, ProbeMonitor
 from lightning_interp.callbacks.cam import CAMMonitor
 from lightning_interp.callbacks.defaults import default_monitors
 from lightning_interp.callbacks.filters import FilterMonitor
+from lightning_interp.callbacks.finetuning import GAPHeadFinetuning
+from lightning_interp.callbacks.localization import LocalizationMonitor
 from lightning_interp.callbacks.norms import NormMonitor
 from lightning_interp.callbacks.saliency import SaliencyMonitor
 from lightning_interp.callbacks.weights import WeightHistogramMonitor
@@ -11,6 +13,8 @@ from lightning_interp.callbacks.weights import WeightHistogramMonitor
 __all__ = [
     "CAMMonitor",
     "FilterMonitor",
+    "GAPHeadFinetuning",
+    "LocalizationMonitor",
     "Monitor",
     "NormMonitor",
     "ProbeMonitor",

@@ -65,6 +65,7 @@ class Monitor(Callback):
 
     kind: ClassVar[str]
     uses_probe: ClassVar[bool] = False
+    scores_validation: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -172,24 +173,74 @@ class Monitor(Callback):
         if session := Session.led_by(self, trainer):
             session.before_evaluation(pl_module)
 
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the scores."""
+        if not trainer.sanity_checking and (session := Session.led_by(self, trainer)):
+            session.begin_scores(pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the scores."""
+        if session := Session.led_by(self, trainer):
+            session.begin_scores(pl_module)
+
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Take the probe from the first batch where nothing else gives one."""
+        """Take the probe from the first batch where nothing else gives one, and listen to those that are scored."""
         if session := Session.led_by(self, trainer):
             session.pass_by(pl_module, batch)
+            session.before_scored_batch(pl_module, batch, batch_idx, dataloader_idx)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Take the probe from the first batch where nothing else gives one."""
+        """Take the probe from the first batch where nothing else gives one, and listen to those that are scored."""
         if session := Session.led_by(self, trainer):
             session.pass_by(pl_module, batch)
+            session.before_scored_batch(pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Score what was heard."""
+        if session := Session.led_by(self, trainer):
+            session.after_scored_batch(pl_module)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Score what was heard."""
+        if session := Session.led_by(self, trainer):
+            session.after_scored_batch(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the scores."""
+        if not trainer.sanity_checking and (session := Session.led_by(self, trainer)):
+            session.end_scores(pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the scores, apart from those of training."""
+        if session := Session.led_by(self, trainer):
+            session.end_scores(pl_module, "-test")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look once after ``trainer.validate``."""
-        if trainer.state.fn == "validate" and (session := Session.led_by(self, trainer)):
-            session.after_evaluation(pl_module, "validate")
+        if session := Session.led_by(self, trainer):
+            session.after_logging()
+            if trainer.state.fn == "validate":
+                session.after_evaluation(pl_module, "validate")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look once after ``trainer.test``."""
@@ -296,10 +347,9 @@ class ProbeMonitor(Monitor):
         """Whether the method needs a layer."""
         return isinstance(self.method, Explainer) and self.method.layer is not None
 
-    @property
-    def wants_layer_gradients(self) -> bool:
-        """Whether the method needs the gradient towards its layer."""
-        return isinstance(self.method, Explainer) and self.method.layer == "gradients"
+    def where(self, module: nn.Module) -> tuple[str | nn.Module | None, bool]:
+        """The layer that the method looks at, and whether it needs the gradient towards it."""
+        return self.layer, isinstance(self.method, Explainer) and self.method.layer == "gradients"
 
     @property
     def wants_input_gradients(self) -> bool:
@@ -337,6 +387,10 @@ class ProbeMonitor(Monitor):
             came = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
             raise ConfigurationError(f"{self.method_name} gave {came}, expected maps {size}, one for each image")
         return maps.detach().float(), targets  # type: ignore[return-value]
+
+    def alongside(self, count: int) -> dict[str, Tensor]:
+        """What else :meth:`draw` is to know of this look, at so many images: tensors with a row for each."""
+        return {}
 
     def observe(self, module: nn.Module, step: int) -> None:
         """Nothing: these look at the probe, through :meth:`maps`."""

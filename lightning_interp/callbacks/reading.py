@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,7 +14,16 @@ from lightning_interp._lightning import LightningModule, Trainer, rank_zero_info
 from lightning_interp.outputs import Predict, run_model
 from lightning_interp.sinks import FileSink, Sink, TensorBoardSink
 
-__all__ = ["forward", "is_last_step", "logged_step", "looks_indexable", "probe_loader", "sinks", "transfer"]
+__all__ = [
+    "forward",
+    "is_last_step",
+    "logged_step",
+    "looks_indexable",
+    "probe_loader",
+    "scored_loader",
+    "sinks",
+    "transfer",
+]
 
 
 def logged_step(trainer: Trainer) -> int:
@@ -35,17 +44,37 @@ def is_last_step(trainer: Trainer, module: LightningModule) -> bool:
 def probe_loader(trainer: Trainer) -> Any:
     """The loader that probes come from by default: the stage's first; training's where there is none, or no image."""
     stages = [trainer.test_dataloaders] if trainer.testing else [trainer.val_dataloaders, trainer.train_dataloader]
-    for found in stages:
-        while isinstance(found, (list, tuple, dict)):
-            found = next(iter(found.values() if isinstance(found, dict) else found), None)
+    for found in map(_first, stages):
         if found is not None and not _is_empty(found):  # a loader's own truth is its length, and a stream has none
             return found
     return None
 
 
+def scored_loader(trainer: Trainer) -> Any:
+    """The loader whose images are scored: the first for the test or the validation, or None."""
+    found = _first(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders)
+    return None if found is None or _is_empty(found) else found
+
+
+def _first(loaders: Any) -> Any:
+    while isinstance(loaders, (list, tuple, dict)):
+        loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders), None)
+    return loaders
+
+
 def _is_empty(loader: Any) -> bool:
     dataset: Any = getattr(loader, "dataset", None)
     return hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset) and len(dataset) == 0
+
+
+def forget_logged(trainer: Trainer, names: Iterable[str]) -> None:
+    """Take numbers out of the evaluation loop's collection, once Lightning has passed them on.
+
+    A compiled step is compiled again where there is more in that collection than before.
+    """
+    if (results := trainer._results) is not None:
+        for name in names:
+            results.pop(f"on_validation_epoch_end.{name}", None)
 
 
 def looks_indexable(dataset: object) -> bool:

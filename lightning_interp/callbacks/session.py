@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import traceback
@@ -18,12 +17,14 @@ from torch import Tensor
 from lightning_interp._lightning import LightningModule, Trainer
 from lightning_interp.callbacks import reading
 from lightning_interp.callbacks.handover import OnItsWay
+from lightning_interp.callbacks.scoring import Scoring
+from lightning_interp.callbacks.writing import flush, reach, retagged, told, write
 from lightning_interp.distributed import Ranks, obstacle, runs_together
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.guard import undisturbed
 from lightning_interp.outputs import Predict
 from lightning_interp.probe import Probe
-from lightning_interp.records import Record, ScalarLayout
+from lightning_interp.records import Record
 from lightning_interp.shards import recover, reshard
 from lightning_interp.sinks import BackgroundWriter, Sink
 from lightning_interp.spatial import locate
@@ -31,6 +32,7 @@ from lightning_interp.trace import Site, Trace
 
 if TYPE_CHECKING:
     from lightning_interp.callbacks.base import Monitor, ProbeMonitor
+    from lightning_interp.callbacks.localization import LocalizationMonitor
 
 __all__ = ["Session"]
 
@@ -64,6 +66,7 @@ class Session:
         self._resting: set[Monitor] = set()
         self._failed: dict[Monitor, Exception] = {}  # not yet settled
         self._capturing: list[Monitor] = []  # in the same order on every rank
+        self._scoring = Scoring(self)
         self._steps = 0
         self._awaits_start = False
         self._under_way = False
@@ -82,23 +85,24 @@ class Session:
     @property
     def may_retry(self) -> bool:
         """Whether a rank may run the model again on its own: not where all ranks must take part in each pass."""
-        return not self._together
+        return not self.together
 
     @property
-    def _together(self) -> bool:
+    def together(self) -> bool:
         """Whether every rank looks at everything: no rank can run or read a sharded module alone."""
         return self.ranks.size > 1 and runs_together(self.trainer)
 
     def end(self) -> None:
         """Bring everything to the loggers and end the run."""
         _sessions.pop(self.trainer, None)
+        self._scoring.stop()
         self.writer.close()
         self._say_lost_sinks()
         for sink in self.sinks:
             try:
                 sink.close()
             except Exception as error:
-                warnings.warn(f"lightning_interp could not finish writing: {_told(error)}", stacklevel=2)
+                warnings.warn(f"lightning_interp could not finish writing: {told(error)}", stacklevel=2)
         for monitor in list(self._failed):
             self._rest(monitor, self._failed.pop(monitor))
 
@@ -128,7 +132,13 @@ class Session:
         for monitor in filter(uses_probe, self.monitors):
             key = _probe_key(monitor)
             if key in self._probes and self._probes[key] is None:
-                build = functools.partial(Probe.from_batch, batch, n=_count(monitor), unpack=monitor.unpack)
+                build = functools.partial(
+                    Probe.from_batch,
+                    batch,
+                    n=_count(monitor),
+                    unpack=monitor.unpack,
+                    annotated=self._is_annotated(key),
+                )
                 self._take(key, build)
         if self._awaits_start and self.trainer.training:
             self._start_if_ready(module)
@@ -143,7 +153,7 @@ class Session:
             if monitor.schedule.due_after_steps(self._steps, steps)
             or (last and monitor.schedule.due_after_epoch(epoch))
         ]
-        if together := bool(listening) and self._together:
+        if together := bool(listening) and self.together:
             # What failed on this rank alone is not settled yet: the others still count on it.
             listening = [monitor for monitor in listening if monitor not in self._resting]
             reshard(module.modules())
@@ -154,14 +164,14 @@ class Session:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         parameters = {name: each for name, each in module.named_parameters() if id(each) in stepped}
         for monitor in listening:
-            with self._catching(monitor), torch.no_grad():
+            with self.catching(monitor), torch.no_grad():
                 monitor.before_optimizer_step(parameters)
                 self._capturing.append(monitor)
 
     def after_batch(self, module: LightningModule) -> None:
         """Look, where a number of optimiser steps is reached."""
         for monitor in self._capturing:
-            with self._catching(monitor), torch.no_grad():
+            with self.catching(monitor), torch.no_grad():
                 monitor.after_optimizer_step()
         self._capturing.clear()
         previous, self._steps = self._steps, self.trainer.global_step
@@ -186,7 +196,69 @@ class Session:
         suffix = "-test" if stage == "test" else ""
         self._look(module, self.monitors, reading.logged_step(self.trainer), suffix=suffix)
 
+    # ---- Scores.
+
+    def begin_scores(self, module: LightningModule) -> None:
+        """Before the first batch of a validation or a test."""
+        if self._is_hindered():
+            return
+        self._scoring.begin()
+
+    def before_scored_batch(self, module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """Before a step of a validation or a test."""
+        self._scoring.before_batch(module, batch, batch_idx, dataloader_idx)
+
+    def after_scored_batch(self, module: LightningModule) -> None:
+        """After a step of a validation or a test."""
+        self._scoring.after_batch(module)
+
+    def end_scores(self, module: LightningModule, suffix: str = "") -> None:
+        """After the last batch of a validation or a test: log what was found, on every rank."""
+        self._scoring.end(module, suffix)
+
+    def after_logging(self) -> None:
+        """After Lightning has passed on what was logged in a validation."""
+        self._scoring.forget()
+
+    def is_resting(self, monitor: Monitor) -> bool:
+        """Whether a monitor looks no more; the same on every rank."""
+        return monitor in self._resting
+
+    def has_failed(self, monitor: Monitor) -> bool:
+        """Whether a monitor failed on this rank, which the others need not know yet."""
+        return monitor in self._failed
+
+    def failures(self, monitors: Sequence[Monitor]) -> dict[int, Exception]:
+        """What is not settled yet, by the monitors' positions."""
+        return {index: self._failed[each] for index, each in enumerate(monitors) if each in self._failed}
+
+    def maps_of(
+        self, module: LightningModule, monitor: ProbeMonitor, images: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """A monitor's maps (N, H, W) for these images, and the classes (N,) that they explain, by passes of its own."""
+        images = _readable(images, module).to(self.trainer.strategy.root_device)
+        labels = None if labels is None else labels.to(images.device)
+        parts = []
+        with undisturbed(module, parameters=not monitor.is_trusted):
+            if self.together:
+                self.ranks.align(module.buffers(), self.trainer.strategy.root_device)
+            for start in range(0, len(images), self._chunk):
+                chunk = slice(start, start + self._chunk)
+                site = self._site(monitor, module, images[chunk])
+                layers = {} if site is None else {site: monitor.where(module)[1]}
+                inputs, predict = monitor.wants_input_gradients, self._forward(monitor.predict)
+                with Trace(
+                    module, images[chunk], layers=layers, input_gradients=inputs, predict=predict, offset=start
+                ) as trace:
+                    parts.append(monitor.maps(trace, site, None if labels is None else labels[chunk]))
+        maps, classes = zip(*parts, strict=True)
+        return torch.cat(maps), torch.cat(classes)
+
     # ---- Probes.
+
+    def probe_of(self, monitor: ProbeMonitor) -> Probe | None:
+        """What a monitor looks at; None where that is not known yet, or failed."""
+        return self._probes.get(_probe_key(monitor))
 
     def _find_probes(self, module: LightningModule) -> None:
         """Find every monitor's probe; None stands for one that must come from a batch."""
@@ -208,14 +280,20 @@ class Session:
                     unpack=monitor.unpack,
                     collate_fn=getattr(loader, "collate_fn", None),
                     transfer=functools.partial(reading.transfer, self.trainer, module),
+                    annotated=self._is_annotated(key),
                 )
                 with undisturbed(module), torch.no_grad():
                     self._take(key, build)
+        self._scoring.check(module)
+
+    def _is_annotated(self, key: object) -> bool:
+        """Whether a monitor needs a probe's boxes and masks; to the others they may be anything."""
+        return any(_probe_key(monitor) == key for monitor in self.monitors if scores_validation(monitor))
 
     def _take(self, key: object, build: Callable[[], Probe]) -> None:
         """Build a probe; where the data fail, rather than their reader, the monitors that asked for it rest."""
         try:
-            self._probes[key] = self._agreed(build)
+            self._probes[key] = self.agreed(build)
         except ConfigurationError:
             raise
         except Exception as error:
@@ -224,7 +302,7 @@ class Session:
                 if _probe_key(monitor) == key:
                     self._failed.setdefault(monitor, error)
 
-    def _agreed(self, build: Callable[[], Probe]) -> Probe:
+    def agreed(self, build: Callable[[], Probe]) -> Probe:
         """The probe that the writing rank builds, on every rank; or its error, on every rank."""
         found: Probe | Exception | None = None
         if self.ranks.writes:
@@ -260,9 +338,9 @@ class Session:
             return
         self._say_lost_sinks()
         errors: dict[int, Exception] = {i: self._failed[each] for i, each in enumerate(due) if each in self._failed}
-        together = self._together
+        together = self.together
         if together:
-            self._agree(errors)
+            self.agree(errors)
         seen: dict[int, Any] = {}
         groups: dict[object, dict[int, ProbeMonitor]] = {}
         for index, monitor in enumerate(due):
@@ -278,7 +356,7 @@ class Session:
                 self._explain(module, group, rehearsal, errors, seen)
         if together and not self.ranks.writes:
             seen.clear()  # the writing rank has the same
-        self._settle(due, errors)
+        self.settle(due, errors)
         shares = self.ranks.to_writer({index: found for index, found in seen.items() if index not in errors})
         if shares is None or rehearsal:
             return
@@ -299,7 +377,7 @@ class Session:
     ) -> None:
         """This rank's share of a probe, for all monitors that are due on it, a chunk at a time."""
         probe = self._probe(next(iter(group.values())))
-        together = self._together
+        together = self.together
         share = slice(0, 1) if rehearsal else slice(0, len(probe)) if together else self.ranks.share(len(probe))
         part, first = probe.subset(share), share.start
         trusted = all(monitor.is_trusted for monitor in group.values())
@@ -316,7 +394,7 @@ class Session:
                 with _noting(failed, awake):
                     self._explain_chunk(module, chunk, first + start, awake, failed, found)
                 if together:
-                    self._agree(failed)
+                    self.agree(failed)
                     if failed:
                         recover(module.modules())
                 if any(map(_is_out_of_memory, failed.values())):
@@ -353,7 +431,7 @@ class Session:
             with _noting(errors, [index]):
                 sites[index] = site = self._site(monitor, module, images)
                 if site is not None:
-                    layers[site] = layers.get(site, False) or monitor.wants_layer_gradients
+                    layers[site] = layers.get(site, False) or monitor.where(module)[1]
         inputs = any(group[index].wants_input_gradients for index in sites)
         entered = False
         try:
@@ -363,6 +441,7 @@ class Session:
                     with _noting(errors, [index]):
                         maps, explained = group[index].maps(trace, site, labels)
                         found = {"maps": maps, "explained": explained, "logits": trace.logits.detach().float()}
+                        found |= group[index].alongside(len(maps))
                         seen.setdefault(index, []).append({name: OnItsWay(each) for name, each in found.items()})
         except Exception as error:
             if entered or len(sites) == 1 or not self.may_retry or (_is_out_of_memory(error) and len(images) > 1):
@@ -382,9 +461,10 @@ class Session:
         """A monitor's layer. Searching costs a forward pass; the answer holds while the model keeps its modules."""
         if not monitor.wants_layer:
             return None
-        key = (monitor.layer, monitor.predict, images.shape[1:], *map(id, module.modules()))
+        layer, _ = monitor.where(module)
+        key = (layer, monitor.predict, images.shape[1:], *map(id, module.modules()))
         if key not in self._sites:
-            self._sites[key] = locate(module, monitor.layer, images, predict=self._forward(monitor.predict))
+            self._sites[key] = locate(module, layer, images, predict=self._forward(monitor.predict))
         return self._sites[key]
 
     def _probe(self, monitor: ProbeMonitor) -> Probe:
@@ -395,28 +475,21 @@ class Session:
     def _write(self, found: list[tuple[Monitor, list[Any]]], step: int, suffix: str) -> None:
         """Draw and write, on the writer's thread."""
         for monitor, shares in found:
-            with self._catching(monitor):
+            with self.catching(monitor):
                 for record in self._records(monitor, shares, step):
-                    self._tell(monitor, functools.partial(_write, record=_retagged(record, suffix), step=step))
-                self._tell(monitor, _flush)
+                    self._tell(monitor, functools.partial(write, record=retagged(record, suffix), step=step))
+                self._tell(monitor, flush)
 
     def _tell(self, monitor: Monitor, act: Callable[[Sink], None]) -> None:
         """Reach every sink. One that keeps nothing is given up; the fault of a record is its monitor's."""
-        refused = None
-        for sink in list(self.sinks):
-            try:
-                act(sink)
-            except Exception as error:
-                if not _is_lost(error):
-                    refused = error
-                    continue
-                self.sinks.remove(sink)
-                self._lost_sinks.append((sink, error))
-                if monitor.on_error == "raise":
-                    self._failed.setdefault(monitor, error)
-                if not self.sinks:
-                    for each in self.monitors:  # there is nothing left to look for
-                        self._failed.setdefault(each, error)
+        lost, refused = reach(self.sinks, act)
+        self._lost_sinks += lost
+        for _, error in lost:
+            if monitor.on_error == "raise":
+                self._failed.setdefault(monitor, error)
+            if not self.sinks:
+                for each in self.monitors:  # there is nothing left to look for
+                    self._failed.setdefault(each, error)
         if refused is not None:
             raise refused
 
@@ -438,7 +511,7 @@ class Session:
             rest = "the other loggers get everything" if self.sinks else "every monitor rests"
             warnings.warn(
                 f"lightning_interp writes no more through {type(sink).__name__}, which failed; {rest} from here on, "
-                f"and training goes on.\n{_told(error)}",
+                f"and training goes on.\n{told(error)}",
                 stacklevel=2,
             )
 
@@ -446,25 +519,25 @@ class Session:
         return [monitor for monitor in monitors if monitor not in self._resting and monitor not in self._failed]
 
     @contextmanager
-    def _catching(self, monitor: Monitor) -> Iterator[None]:
+    def catching(self, monitor: Monitor) -> Iterator[None]:
         """Note a failure outside a look, on this rank or thread alone; it is settled when the monitor is next due."""
         try:
             yield
         except Exception as error:
             self._failed.setdefault(monitor, error)
 
-    def _settle(self, due: Sequence[Monitor], errors: dict[int, Exception]) -> None:
+    def settle(self, due: Sequence[Monitor], errors: dict[int, Exception]) -> None:
         """Agree on who failed; afterwards ``errors`` names the same monitors on every rank."""
-        self._agree(errors)
+        self.agree(errors)
         for index in sorted(errors):
             self._failed.pop(due[index], None)
             self._rest(due[index], errors[index])
 
-    def _agree(self, errors: dict[int, Exception]) -> None:
+    def agree(self, errors: dict[int, Exception]) -> None:
         """Add to these errors those of the other ranks."""
-        reports = {index: (isinstance(error, ConfigurationError), _told(error)) for index, error in errors.items()}
-        for rank, told in enumerate(self.ranks.everyone(reports)):
-            for index, (misuse, text) in told.items():
+        reports = {index: (isinstance(error, ConfigurationError), told(error)) for index, error in errors.items()}
+        for rank, report in enumerate(self.ranks.everyone(reports)):
+            for index, (misuse, text) in report.items():
                 kind = ConfigurationError if misuse else RuntimeError
                 errors.setdefault(index, kind(f"on rank {rank}: {text}"))
 
@@ -492,7 +565,7 @@ class Session:
         if self.ranks.writes and error not in self._said:
             warnings.warn(
                 f"{monitor!r} failed and rests from here on; training goes on. Pass on_error='raise' to stop here.\n"
-                f"{_told(error)}",
+                f"{told(error)}",
                 stacklevel=2,
             )
 
@@ -500,6 +573,11 @@ class Session:
 def uses_probe(monitor: Monitor) -> TypeGuard[ProbeMonitor]:
     """Whether a monitor looks at images."""
     return monitor.uses_probe
+
+
+def scores_validation(monitor: Monitor) -> TypeGuard[LocalizationMonitor]:
+    """Whether a monitor scores the validation and the test set."""
+    return monitor.scores_validation
 
 
 def _probe_key(monitor: ProbeMonitor) -> object:
@@ -539,28 +617,3 @@ def _readable(images: Tensor, module: torch.nn.Module) -> Tensor:
 def _release_memory() -> None:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
-
-
-def _is_lost(error: Exception) -> bool:
-    """Whether a sink failed by itself, rather than by the record that it was given."""
-    return isinstance(error, OSError) or (isinstance(error, ValueError) and "closed file" in str(error))
-
-
-def _write(sink: Sink, record: Record, step: int) -> None:
-    sink.write(record, step)
-
-
-def _flush(sink: Sink) -> None:
-    sink.flush()
-
-
-def _retagged(record: Record, suffix: str) -> Record:
-    """The record with a suffix behind its tag's kind."""
-    if not suffix or isinstance(record, ScalarLayout):
-        return record
-    head, _, what = record.tag.partition("/")
-    return dataclasses.replace(record, tag=f"{head}{suffix}/{what}")
-
-
-def _told(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error)).strip()

@@ -154,7 +154,7 @@ def maps_to_boxes(
     found = [torch.from_numpy(_boxes(mask)).to(maps.device) for mask in masks.cpu().numpy()]
     if components == "all":
         return found
-    largest = torch.zeros(len(found), 4, device=maps.device)
+    largest = torch.zeros(len(found), 4, device=maps.device, dtype=torch.float32)
     for row, each in zip(largest, found, strict=True):
         row.copy_(each[:1].sum(0))  # of no box, 0, 0, 0, 0
     return largest

@@ -1,5 +1,6 @@
 """Tensors become uint8 pictures: colour maps, overlays, captioned grids, filters, histories. Logs nothing."""
 
+from lightning_interp.render.boxes import draw_boxes
 from lightning_interp.render.colors import check_colormap, colorize, normalize_maps, overlay
 from lightning_interp.render.filters import filter_grid
 from lightning_interp.render.plots import history_heatmap
@@ -10,6 +11,7 @@ __all__ = [
     "ColorScale",
     "check_colormap",
     "colorize",
+    "draw_boxes",
     "enlarge",
     "filter_grid",
     "history_heatmap",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -95,8 +96,9 @@ def _count(values: Tensor, bins: int) -> tuple[Tensor, Tensor]:
         low, high = (float(bound) for bound in torch.aminmax(values))
         if low < high and high - low <= torch.finfo(values.dtype).max:
             found = [low, high, float(values.sum()), float(values.dot(values))]
-            counts = torch.histc(values, bins, low, high).double()
-            return torch.cat([counts.new_tensor(found), counts]), counts.new_zeros(())
+            if all(map(math.isfinite, found)):  # sums of the largest values are not, in their own type
+                counts = torch.histc(values, bins, low, high).double()
+                return torch.cat([counts.new_tensor(found), counts]), counts.new_zeros(())
     return _count_carefully(values, bins)
 
 

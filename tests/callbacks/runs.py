@@ -14,6 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from lightning_interp.localize import GAPClassifier
+from lightning_interp.localize._heads import LinearHead
 from lightning_interp.sinks import MemorySink
 
 CLASSES = 3
@@ -95,11 +97,47 @@ def dataset(n: int = 12, channels: int = 3, size: int = 12) -> TensorDataset:
     return TensorDataset(*tensors(n, channels, size))
 
 
+class Squares(Dataset[Any]):
+    """Bright squares on dim noise, and where they are."""
+
+    def __init__(self, n: int = 12, size: int = 32, seed: int = 5) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.images, self.labels = 0.2 * torch.rand(n, 3, size, size, generator=generator), torch.arange(n) % CLASSES
+        corners = torch.randint(0, size // 2, (n, 2), generator=generator)
+        sides = torch.randint(size // 5, size // 2, (n, 2), generator=generator)
+        self.boxes: Any = torch.cat([corners, corners + sides], dim=1)
+        for image, (x1, y1, x2, y2) in zip(self.images, self.boxes.tolist(), strict=True):
+            image[:, y1:y2, x1:x2] += 0.8
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+
+class Localiser(Net):
+    """A GAPClassifier that answers to what is bright, and counts its passes."""
+
+    def __init__(self, rate: float = 1e-3) -> None:
+        features = nn.Sequential(nn.Conv2d(3, 6, 5, padding=2, stride=2), nn.ReLU())
+        super().__init__(net=GAPClassifier(features, LinearHead(6, CLASSES)))
+        self.rate = rate
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for each in (self.net.features[0].weight, self.net.head.weight):
+                each.copy_(0.1 * torch.rand(each.shape, generator=generator))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), self.rate)
+
+
 class Augmented(Dataset[Any]):
     """Draws from torch's, NumPy's and Python's streams for each item."""
 
     def __init__(self, n: int = 12) -> None:
         self.images, self.labels = tensors(n)
+        self.boxes = [[1, 2, 7, 11]] * n
 
     def __len__(self) -> int:
         return len(self.images)
@@ -222,3 +260,20 @@ def steps(memory: MemorySink, tag: str) -> list[int]:
 
 def tags(memory: MemorySink) -> set[str]:
     return {record.tag for _, record in memory.records if hasattr(record, "tag")}
+
+
+class Log(pl.Callback):
+    """What was logged by the end of each validation, by its name without the kind."""
+
+    def __init__(self, kind: str = "localization") -> None:
+        self.kind = kind
+        self.epochs: list[dict[str, float]] = []
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.epochs.append(logged(trainer, self.kind))
+
+
+def logged(trainer: Any, kind: str = "localization") -> dict[str, float]:
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {name.removeprefix(f"{kind}/"): value for name, value in found.items() if name.startswith(f"{kind}/")}

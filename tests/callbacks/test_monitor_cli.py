@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from runs import for_flavour
 
-from lightning_interp.callbacks import CAMMonitor, NormMonitor, SaliencyMonitor
+from lightning_interp.callbacks import CAMMonitor, LocalizationMonitor, NormMonitor, SaliencyMonitor
 
 pytest.importorskip("jsonargparse")
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -41,6 +41,12 @@ FULL = """
           n_samples: 4
         every_n_train_steps: 10
     - class_path: lightning_interp.NormMonitor
+    - class_path: lightning_interp.LocalizationMonitor
+      init_args:
+        threshold: 0.05
+        version: 2
+        normalization: min_max
+        every_n_epochs: 3
 """
 
 
@@ -65,7 +71,7 @@ def build(package: Any, folder: Path, callbacks: str) -> list[Any]:
 
 
 def test_monitors_from_a_file(package: Any, tmp_path: Path) -> None:
-    cam, saliency, norms = build(package, tmp_path, FULL)
+    cam, saliency, norms, localization = build(package, tmp_path, FULL)
     assert isinstance(cam, CAMMonitor)
     assert isinstance(saliency, SaliencyMonitor)
     assert isinstance(norms, NormMonitor)
@@ -73,6 +79,9 @@ def test_monitors_from_a_file(package: Any, tmp_path: Path) -> None:
     assert (cam.name, cam.on_error) == ("exact", "raise")
     assert (cam.schedule.at_epochs, cam.schedule.at_start) == ((0, 4), False)
     assert (saliency.method_options, saliency.schedule.every_n_train_steps) == ({"n_samples": 4}, 10)
+    assert isinstance(localization, LocalizationMonitor)
+    assert (localization.threshold, localization.version, localization.normalization) == (0.05, 2, "min_max")
+    assert (localization.schedule.every_n_epochs, localization.target) == (3, "label")
     plain = NormMonitor()
     assert (norms.schedule, norms.order, norms.on_error) == (plain.schedule, plain.order, plain.on_error)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -124,6 +125,48 @@ def test_a_failure_on_one_rank_can_end_the_run_on_all(folder: Path) -> None:
     assert "on rank 1" in first
     assert "no room on this one" in first
     assert second == "ValueError: no room on this one"
+
+
+@pytest.mark.parametrize(
+    ("scene", "options"),
+    [
+        ("scores_uneven", {}),
+        ("scores_one_image", {"n": 1}),
+        ("scores_by_gradcam", {"plain": True}),
+        ("scores_masks", {"n": 5, "masked": True}),
+    ],
+)
+def test_two_processes_find_the_scores_that_one_finds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, scene: str, options: dict[str, Any]
+) -> None:
+    first, second = seen(folder, scene)
+    assert first["sync"] == second["sync"] == first["said"] == []
+    monkeypatch.setattr(reading, "sinks", reading.sinks)
+    alone = two_processes.scores(**options)["logged"]
+    assert len(alone) == 2
+    # Nothing learns here, so that both train the same; the shards of seven images hold four each, one of them twice.
+    assert first["logged"] == second["logged"]
+    exact = options.get("plain") is None
+    for mine, theirs in zip(first["logged"], alone, strict=True):
+        assert mine == (theirs if exact else pytest.approx(theirs, abs=1e-6))
+
+
+def test_a_failing_score_on_one_rank_is_everyones(folder: Path) -> None:
+    first, second = seen(folder, "scores_fail_on_one")
+    (said,) = first["said"]
+    assert second["said"] == []
+    assert "on rank 1" in said
+    assert "no score on this one" in said
+    for each in (*first["logged"], *second["logged"]):
+        assert each.keys() == first["logged"][0].keys()
+        assert "max_box_accuracy" in each
+        assert all(math.isnan(value) for value in each.values())
+
+
+def test_scores_of_the_test_set(folder: Path) -> None:
+    first, second = seen(folder, "scores_of_the_test_set")
+    assert first == second
+    assert "localization-test/max_box_accuracy" in first
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

@@ -12,11 +12,28 @@ from typing import Any
 
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
-from runs import Augmented, Items, Net, Stream, dataset, differences, fingerprint, fit, loader, make_trainer, seed
+from runs import (
+    Augmented,
+    Items,
+    Localiser,
+    Log,
+    Net,
+    Squares,
+    Stream,
+    dataset,
+    differences,
+    fingerprint,
+    fit,
+    loader,
+    make_trainer,
+    seed,
+)
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from lightning_interp import CAMMonitor, NormMonitor, default_monitors
+from lightning_interp import CAMMonitor, LocalizationMonitor, NormMonitor, default_monitors
 from lightning_interp.callbacks import reading
+from lightning_interp.localize.truth import boxes_to_masks
 from lightning_interp.records import Picture
 from lightning_interp.sinks import MemorySink
 
@@ -154,9 +171,70 @@ def raises_on_one() -> Any:
     return None
 
 
+def scores(n: int = 7, *, plain: bool = False, fails: bool = False, masked: bool = False, **options: Any) -> Any:
+    """What is logged at the end of each validation of ``n`` images, and what this rank says."""
+    remember()
+    seed(3)
+    data = Squares(n)
+    if masked:
+        data.masks = boxes_to_masks(list(data.boxes[:, None]), 32, 32)
+        del data.boxes
+    monitor = LocalizationMonitor(probe=3, on_error="warn" if fails else "raise", every_n_epochs=2)
+    if fails and rank() == 1:
+        monitor.heard_maps = no_maps  # type: ignore[method-assign]
+    log = Log()
+    module = Net(plain=True, optimizer="sgd") if plain else Localiser(0.0)
+    if plain:
+        module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.0)  # type: ignore[method-assign]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit([monitor, log], module, train=loader(Squares(8)), val=DataLoader(data, batch_size=2), **options)
+    # The module's own val_loss is logged as users do who do not care.
+    said = [str(each.message) for each in caught]
+    return {
+        "logged": log.epochs,
+        "said": [each for each in said if "rests from here on" in each],
+        "sync": [each for each in said if "sync_dist" in each and "localization" in each],
+    }
+
+
+def no_maps(gap: Any, features: Tensor, labels: Any, size: Any, aimed: bool = False) -> Any:
+    if not aimed:
+        raise ValueError("no score on this one")
+    return features.mean(1).new_zeros(len(features), *size), labels
+
+
+def scores_uneven() -> Any:
+    return scores(7, **DDP)
+
+
+def scores_one_image() -> Any:
+    return scores(1, **DDP)
+
+
+def scores_by_gradcam() -> Any:
+    return scores(7, plain=True, **DDP)
+
+
+def scores_masks() -> Any:
+    return scores(5, masked=True, **DDP)
+
+
+def scores_fail_on_one() -> Any:
+    return scores(7, fails=True, **DDP)
+
+
+def scores_of_the_test_set() -> Any:
+    remember()
+    trainer = make_trainer([LocalizationMonitor(probe=3, on_error="raise")], **DDP)
+    trainer.test(Localiser(0.0), DataLoader(Squares(7), batch_size=2), verbose=False)
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if "localization" in name}
+
+
 SCENES: list[Callable[[], Any]] = [
     *(eight, uneven, single, invisible, fails_on_one, fails_while_drawing, streams, one_writer, validates),
-    *(misuse, raises_on_one),
+    *(misuse, raises_on_one, scores_uneven, scores_one_image, scores_by_gradcam, scores_masks, scores_fail_on_one),
+    scores_of_the_test_set,
 ]
 
 

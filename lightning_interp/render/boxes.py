@@ -1,0 +1,63 @@
+"""Boxes on pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.utils import draw_bounding_boxes
+
+from lightning_interp.render.canvas import check_images
+
+__all__ = ["draw_boxes"]
+
+_CASING = (0, 0, 0)
+
+
+def draw_boxes(
+    images: Tensor, boxes: Sequence[Tensor], color: tuple[int, int, int] = (0, 230, 80), *, width: int = 3
+) -> Tensor:
+    """Draw each image's boxes, cased in black so that they are seen on any ground.
+
+    Args:
+        images: (N, H, W, 3) uint8.
+        boxes: N tensors (M, 4), x1, y1, x2, y2 in these images' pixels, maxima exclusive. Empty ones, and those that
+            are not finite, are not drawn.
+        color: Red, green and blue, 0 to 255.
+        width: How thick the line is, in pixels; the casing adds one on each side.
+
+    Returns:
+        (N, H, W, 3) uint8 on the CPU.
+
+    Raises:
+        ValueError: If ``images`` are no pictures, or there are not as many sets of boxes.
+
+    Example:
+        >>> import torch
+        >>> images = torch.zeros(1, 9, 9, 3, dtype=torch.uint8)
+        >>> drawn = draw_boxes(images, [torch.tensor([[2, 2, 7, 7]])], (255, 0, 0), width=1)
+        >>> drawn[0, 2, :, 0].tolist()
+        [0, 0, 255, 255, 255, 255, 255, 0, 0]
+    """
+    check_images(images, "images")
+    if len(boxes) != len(images):
+        raise ValueError(f"boxes of each of the {len(images)} images are expected, got those of {len(boxes)}")
+    pictures = images.detach().cpu().permute(0, 3, 1, 2)
+    drawn = [_drawn(picture, own, color, width) for picture, own in zip(pictures, boxes, strict=True)]
+    return torch.stack(drawn).permute(0, 2, 3, 1).contiguous()
+
+
+def _drawn(picture: Tensor, boxes: Tensor, color: tuple[int, int, int], width: int) -> Tensor:
+    rows = boxes.detach().cpu().float().reshape(-1, 4)
+    rows = rows[rows.isfinite().all(1) & (rows[:, 2:] > rows[:, :2]).all(1)]
+    if len(rows) == 0:
+        return picture  # torchvision warns where there is nothing to draw
+    height, across = picture.shape[1:]
+    corners = torch.cat([rows[:, :2], torch.maximum(rows[:, 2:] - 1, rows[:, :2])], dim=1).round()
+    corners = corners.clamp(torch.zeros(4, dtype=torch.int64), torch.tensor([across, height, across, height]) - 1)
+    # torchvision's lines grow inwards, so the casing starts a pixel further out.
+    casing = corners + torch.tensor([-1, -1, 1, 1])
+    cased: Tensor = draw_bounding_boxes(picture, casing, colors=_CASING, width=width + 2)
+    found: Tensor = draw_bounding_boxes(cased, corners, colors=color, width=width)
+    return found
