@@ -111,9 +111,9 @@ class ShapeClassifier(pl.LightningModule):
         self.save_hyperparameters()
         self.features = nn.Sequential(
             block(3, 24, stride=2),  # from 72 pixels a side to 36
-            block(24, 48, stride=2),  # to 18
+            block(24, 48, stride=2),  # to 18, and no further: fine maps find the shapes better
             block(48, 64),
-            block(64, 96, stride=2),  # to 9
+            block(64, 96),
             block(96, 128),
         )
         self.pool = nn.AdaptiveAvgPool2d(1)

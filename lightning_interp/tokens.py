@@ -74,17 +74,23 @@ def layout_of(activations: Tensor, image_size: tuple[int, int]) -> Layout:
     if activations.ndim != 3:
         return None
     fitting = [
-        shape[1] - grid
+        (_cuts_off(patch, image_size), shape[1] - grid)
         for patch in range(1, min(height, width) + 1)
         if 0 <= shape[1] - (grid := (height // patch) * (width // patch)) <= min(_MOST_PREFIX_TOKENS, grid - 1)
     ]
-    return min(fitting, default=None)
+    return min(fitting)[1] if fitting else None
+
+
+def _cuts_off(patch: int, image_size: tuple[int, int]) -> bool:
+    """Whether patches of this side leave a part of the image over, as few models let them."""
+    return any(side % patch for side in image_size)
 
 
 def _grid(places: int, image_size: tuple[int, int]) -> tuple[int, int]:
     """(h, w) of so many places, in the shape of the image."""
     height, width = image_size
-    for patch in range(min(height, width), 0, -1):
+    patches = range(min(height, width), 0, -1)
+    for patch in sorted(patches, key=lambda patch: _cuts_off(patch, image_size)):
         if (height // patch) * (width // patch) == places:
             return height // patch, width // patch
     raise ValueError(f"{places} tokens do not fit images of {height} x {width}")

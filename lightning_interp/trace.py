@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -23,6 +23,8 @@ __all__ = ["Site", "Targets", "Trace", "listening", "replacing", "run_until"]
 
 Targets = int | Tensor | Callable[[Any], Tensor] | None
 
+_IMAGES_AT_ONCE = 16  # where an image must be run again for each of many tensors
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -33,12 +35,14 @@ class Site:
         module: The module whose output it is, or None.
         function: Without a module: the function whose input it is.
         use: Which call of the module (negative: counted from the last) or of the function.
+        reshape: From what passes to (N, C, h, w); None: :func:`~lightning_interp.tokens.to_grid`.
     """
 
     name: str
     module: nn.Module | None = None
     function: Callable[..., Any] | None = None
     use: int = -1
+    reshape: Callable[[Tensor], Tensor] | None = None
 
 
 class Trace:
@@ -127,6 +131,11 @@ class Trace:
         return logits
 
     @property
+    def asked(self) -> Targets:
+        """The targets as they were given."""
+        return self._asked
+
+    @property
     def targets(self) -> Tensor | Callable[[Any], Tensor]:
         """What is explained: int64 (N,) classes on the logits' device, or the callable that was given."""
         return self.aim(self._asked)
@@ -174,26 +183,83 @@ class Trace:
         other._asked = targets
         return other
 
-    def again(self, images: Tensor) -> Trace:
-        """Another look, at changed images of the same targets, with the gradient towards them."""
-        return Trace(self.model, images, self.targets, input_gradients=True, predict=self.predict, offset=self.offset)
+    def again(self, images: Tensor, rows: Tensor | None = None, *, input_gradients: bool = True) -> Trace:
+        """Another look, at changed images of the same targets.
+
+        Args:
+            images: (M, C, H, W) the changed images.
+            rows: int64 (M,) which image of this look each was made of, whose target it keeps; None: all, in order.
+            input_gradients: Whether the gradient towards them is wanted.
+
+        Returns:
+            The look, not yet open.
+        """
+        targets = self.targets
+        if rows is not None and not callable(targets):
+            targets = targets[rows.to(targets.device)]
+        return Trace(
+            self.model, images, targets, input_gradients=input_gradients, predict=self.predict, offset=self.offset
+        )
 
     def activations(self, layer: Site) -> Tensor:
         """What the layer gave, detached, in its own dtype: (N, C, h, w) where it has places, tokens included."""
-        return to_grid(self._tensor(layer).detach(), self._image_size)
+        return self._as_grid(layer, self._tensor(layer).detach())
 
     def gradients(self, layer: Site) -> Tensor:
         """The gradient of each image's score towards the layer's output, as :meth:`activations` gives it."""
-        return to_grid(self._gradient(layer), self._image_size)
+        return self._as_grid(layer, self._gradient(layer))
 
     def input_gradients(self) -> Tensor:
         """The gradient of each image's score towards the image, (N, C, H, W)."""
         return self._gradient(None)
 
-    @property
-    def _image_size(self) -> tuple[int, int]:
+    def passing(self, layer: Site) -> Tensor:
+        """What passes the layer, detached, as the model has it: tokens as (N, T, C), channels where they are."""
+        return self._tensor(layer).detach()
+
+    def replayed(self, layer: Site, tensors: Tensor, row: int) -> Tensor:
+        """The scores of one image where other tensors pass a layer in place of its own, without a graph.
+
+        What comes before the layer runs once, for the one image; where the model does not take many for one, as often
+        as there are tensors.
+
+        Args:
+            layer: Where.
+            tensors: (K, ...) laid out as :meth:`passing` gives them; not changed.
+            row: The number of the image.
+
+        Returns:
+            (K,) float32.
+        """
+        site = replace(layer, use=range(len(self._kept[layer]))[layer.use] if layer.module else layer.use)
+        image, count = self.images[row : row + 1].detach(), len(tensors)
+        targets = self.targets
+
+        def scores(images: Tensor, given: Tensor) -> Tensor:
+            # The model may change in place what passes, and its images.
+            with torch.no_grad(), replacing(site, lambda passing: given.clone()):
+                output = run_model(self.model, images.clone(), self.predict)
+            if len(output_logits(output)) != len(given):
+                raise ConfigurationError(
+                    f"the model gave {len(output_logits(output))} outputs for {len(given)} tensors at {layer.name!r}"
+                )
+            return _scores(output, targets if callable(targets) else targets[row].expand(len(given)), len(given))
+
+        if count > 1:
+            try:
+                return scores(image, tensors)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
+                pass  # a model that counted its images objects in many ways; a fault of its own comes again
+        parts = torch.split(tensors, _IMAGES_AT_ONCE)
+        return torch.cat([scores(image.expand(len(part), -1, -1, -1), part) for part in parts])
+
+    def _as_grid(self, layer: Site, tensor: Tensor) -> Tensor:
+        if layer.reshape is not None:
+            return layer.reshape(tensor)
         height, width = self.images.shape[-2:]
-        return height, width
+        return to_grid(tensor, (height, width))
 
     def _run(self, stack: ExitStack) -> None:
         images = self.images.detach().clone()  # the model may change its input in place
@@ -250,6 +316,8 @@ class Trace:
                     self._kept[site].append(copy)
             return tensor
         if not torch.is_grad_enabled():
+            if not self._recording:
+                return tensor  # another pass, which asks for no gradient, while this look is open
             raise ConfigurationError(
                 f"the layer {sites[0].name!r} runs without gradients inside the model's forward pass (torch.no_grad, "
                 "or checkpointing with use_reentrant=True); checkpoint with use_reentrant=False, or name another layer"
@@ -272,16 +340,7 @@ class Trace:
             ) from None
 
     def _scores(self, targets: Tensor | Callable[[Any], Tensor]) -> Tensor:
-        if callable(targets):
-            scores = targets(self.output)
-            if not isinstance(scores, Tensor) or scores.shape != (len(self.images),):
-                raise ConfigurationError(
-                    f"the callable given as targets gave {describe(scores)}, expected scores ({len(self.images)},)"
-                )
-            return scores.float()
-        if self.logits.shape[1] == 1:
-            return self.logits[:, 0].float() * (2 * targets - 1)
-        return self.logits.float().gather(1, targets[:, None])[:, 0]
+        return _scores(self.output, targets, len(self.images))
 
     def _gradient(self, site: Site | None) -> Tensor:
         targets = self.targets
@@ -318,6 +377,21 @@ class Trace:
                     ) from error
                 raise
         return dict(zip(wanted, found, strict=True))
+
+
+def _scores(output: Any, targets: Tensor | Callable[[Any], Tensor], count: int) -> Tensor:
+    """(N,) what is explained, in float32."""
+    if callable(targets):
+        scores = targets(output)
+        if not isinstance(scores, Tensor) or scores.shape != (count,):
+            raise ConfigurationError(
+                f"the callable given as targets gave {describe(scores)}, expected scores ({count},)"
+            )
+        return scores.float()
+    logits = output_logits(output).float()
+    if logits.shape[1] == 1:
+        return logits[:, 0] * (2 * targets - 1)
+    return logits.gather(1, targets[:, None])[:, 0]
 
 
 class _FunctionTap(TorchFunctionMode):

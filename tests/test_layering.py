@@ -22,12 +22,13 @@ ALLOWED: dict[str, set[str]] = {
     "layers": set(),
     "batches": set(),
     "_lightning": set(),
-    "probe": {"batches", "guard"},
+    "annotations": {"batches"},
+    "probe": {"annotations", "batches", "guard"},
     "outputs": set(),
     "tokens": set(),
     "trace": {"outputs", "guard", "tokens"},
     "spatial": {"trace", "outputs", "layers", "guard"},
-    "explain": {"trace", "spatial", "outputs", "layers", "records", "guard"},
+    "explain": {"trace", "spatial", "tokens", "outputs", "layers", "records", "guard"},
     "units": {"trace", "layers", "records", "explain"},
     "weights": {"trace", "layers", "records", "shards"},
     "localize": {"trace", "spatial", "tokens", "outputs", "layers", "records", "guard"},
@@ -35,8 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "sinks": {"records"},
     "distributed": {"_lightning", "shards"},
     "callbacks": {
-        *("_lightning", "distributed", "explain", "guard", "layers", "localize", "outputs", "probe", "spatial"),
-        *("records", "render", "schedule", "shards", "sinks", "trace", "units", "weights"),
+        *("_lightning", "annotations", "distributed", "explain", "guard", "layers", "localize", "outputs", "probe"),
+        *("spatial", "records", "render", "schedule", "shards", "sinks", "trace", "units", "weights"),
     },
 }
 LIGHTNING_ROOMS = {"_lightning", "distributed", "callbacks"}

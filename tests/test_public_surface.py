@@ -10,7 +10,13 @@ from pathlib import Path
 import lightning_interp
 
 SNAPSHOT = Path(__file__).with_name("api_surface.json")
-ROOMS = ("lightning_interp", "lightning_interp.explain", "lightning_interp.records", "lightning_interp.sinks")
+ROOMS = (
+    "lightning_interp",
+    "lightning_interp.explain",
+    "lightning_interp.localize",
+    "lightning_interp.records",
+    "lightning_interp.sinks",
+)
 
 
 def surface() -> dict[str, dict[str, str]]:

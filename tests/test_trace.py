@@ -13,8 +13,8 @@ from torchvision import models
 
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.outputs import output_logits
-from lightning_interp.spatial import locate
-from lightning_interp.trace import Site, Trace
+from lightning_interp.spatial import locate, locate_features, locate_last_convolution
+from lightning_interp.trace import Site, Trace, replacing, run_until
 from tests.states import unchanged
 from tests.zoo import Net, animal, swin, vgg
 
@@ -102,7 +102,8 @@ def test_lstms_and_attention_layers_can_be_tapped() -> None:
     sites = {locate(model, name): True for name in ("lstm", "attention")}
     with unchanged(model), Trace(model, IMAGES, 1, layers=sites) as trace:
         for site in sites:
-            assert trace.gradients(site).shape == trace.activations(site).shape == (4, 12, 6)
+            assert trace.passing(site).shape == (4, 12, 6)
+            assert trace.gradients(site).shape == trace.activations(site).shape
 
 
 def test_every_use_of_a_layer_can_be_asked_for() -> None:
@@ -523,13 +524,12 @@ def test_pooling_by_methods(take: str) -> None:
     ("build", "message"),
     [
         (lambda: animal("mlp").model, "Sequential has no spatial layer: no convolution's output .*name a layer that"),
-        (lambda: animal("vit").model, "VisionTransformer has no spatial layer: .*name a layer that"),
         (
             lambda: models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=2),
             r"output of LRASPP is itself spatial, float32 \(1, 2, 32, 32\).*name a layer that",
         ),
     ],
-    ids=["mlp", "vit", "segmentation"],
+    ids=["mlp", "segmentation"],
 )
 def test_models_without_a_final_pooling(build: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
@@ -540,3 +540,206 @@ def test_searching_needs_images(model: Net) -> None:
     with pytest.raises(ConfigurationError, match="to find the last spatial layer, locate needs images"):
         locate(model)
     assert locate(model, "first") == Site("first", model.first)
+
+
+# ---- what a model gives in place of what it gave
+
+
+def test_replacing_changes_what_passes_and_goes_again(model: Net) -> None:
+    model.eval()
+    features, expected = model.features(IMAGES), model(IMAGES)
+    with unchanged(model), replacing(locate(model, "first"), lambda tensor: 0 * tensor):
+        torch.testing.assert_close(model(IMAGES), model(0 * IMAGES)[:1].expand(4, -1))
+    with replacing(locate(model, "second"), lambda tensor: 2 * tensor):
+        torch.testing.assert_close(model(IMAGES), model.head(2 * features.mean((2, 3))))
+    assert torch.equal(model(IMAGES), expected)
+    assert hooks(model) == 0
+
+
+def test_replacing_goes_again_after_errors(model: Net) -> None:
+    def fail(tensor: Tensor) -> Tensor:
+        raise ArithmeticError
+
+    model.eval()
+    with unchanged(model), pytest.raises(ArithmeticError), replacing(locate(model, "first"), fail):
+        model(IMAGES)
+    assert hooks(model) == 0
+
+
+def test_replacing_what_enters_a_function() -> None:
+    model, images = animal("densenet").model.eval(), animal("densenet").images()
+    with unchanged(model), replacing(locate(model, None, images), lambda tensor: tensor + 1):
+        expected = model.classifier(model.features(images).relu().mean((2, 3)) + 1)
+        torch.testing.assert_close(model(images), expected)
+
+
+def test_replacing_one_of_several_uses() -> None:
+    model, images = animal("repeating").model.eval(), animal("repeating").images()
+    with replacing(locate(model, "block", use=0), lambda tensor: 0 * tensor):
+        got = model(images)
+    torch.testing.assert_close(got, model.head(model.block(0 * model.block(model.stem(images))).mean((2, 3))))
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_replacing_the_tensor_among_several_things(kind: Callable[..., Any]) -> None:
+    class Several(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return kind((x, "text"))
+
+    model = Several()
+    with replacing(Site("", model), lambda tensor: tensor + 1):
+        got = model(torch.zeros(2))
+    assert type(got) is kind
+    assert (got[0].tolist(), got[1]) == ([1, 1], "text")
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_run_until_stops_where_it_is_told(model: Net, name: str) -> None:
+    ran = []
+    model.eval()
+    for each, module in model.named_children():
+        module.register_forward_hook(lambda module, args, output, each=each: ran.append(each))
+    got = run_until(model, IMAGES, locate(model, name))
+    assert "head" not in ran
+    expected = model.first(IMAGES) if name == "first" else model.features(IMAGES)
+    torch.testing.assert_close(got, expected)
+    assert got.requires_grad
+    assert hooks(model) == 3  # the test's own
+
+
+def test_run_until_a_function() -> None:
+    model, images = animal("densenet").model.eval(), animal("densenet").images()
+    with unchanged(model):
+        got = run_until(model, images, locate(model, None, images))
+    torch.testing.assert_close(got, model.features(images).relu())
+
+
+def test_run_until_what_never_comes(model: Net) -> None:
+    model.unused = nn.ReLU()
+    with pytest.raises(ConfigurationError, match="the layer 'unused' did not run in the model's forward pass; choose"):
+        run_until(model, IMAGES, locate(model, "unused"))
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "shape"),
+    [
+        (lambda: animal("plain").model, "second.1", (1, 8, 15, 15)),
+        (lambda: animal("vit").model, "encoder", (1, 17, 8)),
+        (lambda: animal("timm_vit").model, "norm", (1, 17, 8)),
+        (lambda: animal("swin").model, "permute", (1, 16, 4, 4)),
+    ],
+    ids=["plain", "vit", "timm_vit", "swin"],
+)
+def test_the_features_that_enter_the_head_are_found(
+    build: Callable[[], nn.Module], name: str, shape: tuple[int, ...]
+) -> None:
+    # Of a transformer: the tokens of which the first is taken, not those that enter the last attention.
+    model, images = build(), torch.rand(2, 3, 32, 32)
+    site = locate_features(model, images)
+    assert site.name == name
+    assert run_until(model.eval(), images[:1], site).shape == shape
+
+
+def test_features_that_are_not_there() -> None:
+    with pytest.raises(ConfigurationError, match=r"Sequential has no spatial layer: .*name a layer that"):
+        locate_features(animal("mlp").model, torch.rand(2, 3, 32, 32))
+
+
+def test_what_enters_the_last_convolution_is_found() -> None:
+    model, images = animal("squeezenet").model.eval(), animal("squeezenet").images()
+    with unchanged(model):
+        site = locate_last_convolution(model, images)
+    assert site.name == "input of classifier.1"
+    torch.testing.assert_close(run_until(model, images, site), model.features(images))
+    plain = animal("plain")
+    site = locate_last_convolution(plain.model, plain.images())
+    assert site.name == "input of second.0"
+    torch.testing.assert_close(run_until(plain.model.eval(), plain.images(), site), plain.model.first(plain.images()))
+
+
+# ---- what a look tells of other images and other activations
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_other_tensors_in_place_of_an_images_own(model: Net, wanted: bool) -> None:
+    site, others = locate(model, "second"), torch.rand(5, 8, 5, 5)
+    before = others.clone()
+    with unchanged(model), Trace(model, IMAGES, torch.tensor([0, 1, 2, 0]), layers={site: wanted}) as trace:
+        for row, target in enumerate([0, 1, 2, 0]):
+            expected = model.head(others.mean((2, 3)))[:, target]
+            torch.testing.assert_close(trace.replayed(site, others, row), expected)
+        own = trace.replayed(site, trace.passing(site)[2:3], 2)
+        torch.testing.assert_close(own, trace.scores[2:3].detach())
+        by_score = trace.aimed(lambda output: output.amax(1)).replayed(site, others, 1)
+        torch.testing.assert_close(by_score, model.head(others.mean((2, 3))).amax(1))
+        if wanted:
+            assert trace.gradients(site).shape == (4, 8, 5, 5)  # its own graph is whole
+    assert torch.equal(others, before)
+
+
+def test_models_that_count_their_images_are_run_with_as_many() -> None:
+    class Counting(Net):
+        seen: list[int]
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.seen.append(len(images))
+            return self.head(self.features(images).reshape(len(images), 8, -1).mean(2))
+
+    model = Counting()
+    model.seen = []
+    site, others = locate(model, "second"), torch.rand(21, 8, 5, 5)
+    with Trace(model, IMAGES, 1, layers={site: False}) as trace:
+        got = trace.replayed(site, others, 0)
+        torch.testing.assert_close(got, model.head(others.mean((2, 3)))[:, 1])
+        assert model.seen == [4, 1, 16, 5]  # no more at once than memory is made for
+
+
+def test_the_last_of_several_uses_is_replaced() -> None:
+    model, images = animal("repeating").model, animal("repeating").images()
+    for use in (-1, 1):
+        site = locate(model, "block", use=use)
+        with Trace(model, images, 1, layers={site: False}) as trace:
+            zeros = torch.zeros_like(trace.passing(site)[:1])
+            torch.testing.assert_close(trace.replayed(site, zeros, 0), model.head.bias[1:2])
+
+
+def test_an_error_of_the_models_own_comes_through(model: Net) -> None:
+    site = locate(model, "second")
+
+    def predict(model: nn.Module, images: Tensor) -> Tensor:
+        if broken:
+            raise ArithmeticError
+        return model(images)
+
+    broken = False
+    with unchanged(model), Trace(model, IMAGES, 1, layers={site: False}, predict=predict) as trace:
+        broken = True
+        with pytest.raises(ArithmeticError):
+            trace.replayed(site, torch.rand(5, 8, 5, 5, generator=torch.Generator().manual_seed(0)), 0)
+        broken = False
+        with pytest.raises(ConfigurationError, match="the model gave 2 outputs for 5 tensors at 'second'"):
+            Trace.replayed(_halved(trace), site, torch.ones(5, 8, 5, 5), 0)
+
+
+def _halved(trace: Trace) -> Trace:
+    other = trace.aimed(1)
+    other.predict = lambda model, images: model(images)[:2]
+    return other
+
+
+def test_passes_without_gradients_leave_an_open_look_alone(model: Net) -> None:
+    site = locate(model, "second")
+    with Trace(model, IMAGES, 1, layers={site: True}) as trace:
+        with trace.again(IMAGES + 1, input_gradients=False) as other:
+            assert not other.scores.requires_grad
+        assert trace.gradients(site).shape == (4, 8, 5, 5)
+
+
+def test_a_site_can_say_how_its_places_are_ordered(model: Net) -> None:
+    site = Site("second", model.second, reshape=lambda tensor: tensor.mT)
+    with Trace(model, IMAGES, 1, layers={site: True, locate(model, "second"): True}) as trace:
+        plain = locate(model, "second")
+        assert torch.equal(trace.activations(site), trace.activations(plain).mT)
+        assert torch.equal(trace.gradients(site), trace.gradients(plain).mT)
+        assert torch.equal(trace.passing(site), trace.activations(plain))

@@ -8,6 +8,7 @@ from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -112,9 +113,28 @@ def convnext() -> nn.Module:
     return ConvNeXt(blocks, num_classes=CLASSES, layer_scale=1.0)
 
 
+class SlimResNet(models.ResNet):
+    """ResNet-18 with an eighth of its channels, so that a slow reference comes to an end."""
+
+    def __init__(self) -> None:
+        super().__init__(models.resnet.BasicBlock, [2, 2, 2, 2], num_classes=CLASSES)
+        self.fc = nn.Linear(64, CLASSES)
+
+    def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> nn.Sequential:
+        return super()._make_layer(block, planes // 8, *args, **kwargs)
+
+
+def timm_vit() -> nn.Module:
+    model = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, depth=2, num_heads=2, embed_dim=8, mlp_ratio=1, num_classes=CLASSES
+    )
+    nn.init.normal_(model.head.weight)
+    return model
+
+
 def vit() -> nn.Module:
     model = VisionTransformer(
-        image_size=32, patch_size=8, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=CLASSES
+        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=CLASSES
     )
     nn.init.normal_(model.heads.head.weight)
     return model
@@ -136,6 +156,7 @@ class Animal:
         layer: What ``layer=None`` stands for; None where there is no such module.
         gap: Whether it ends in global average pooling and one linear layer.
         spatial: Whether ``layer=None`` stands for anything.
+        attends: Whether it has attention between all its tokens.
         size: (H, W) of its images.
     """
 
@@ -144,6 +165,7 @@ class Animal:
     layer: str | None = "second"
     gap: bool = False
     spatial: bool = True
+    attends: bool = False
     size: tuple[int, int] = (32, 32)
 
     @property
@@ -169,7 +191,7 @@ def _living(animal: Animal) -> nn.Module:
 
 ANIMALS = [
     Animal("plain", Net, gap=True, size=(14, 18)),
-    Animal("resnet", partial(models.resnet18, num_classes=CLASSES), "layer4", gap=True, size=(64, 64)),
+    Animal("resnet", SlimResNet, "layer4", gap=True, size=(64, 64)),
     Animal("vgg_bn", vgg, "features"),
     Animal(
         "densenet",
@@ -192,7 +214,8 @@ ANIMALS = [
     Animal("frozen", frozen, gap=True),
     Animal("overwriting", Overwriting, gap=True),
     Animal("checkpointed", partial(Checkpointed, use_reentrant=False), "last", gap=True),
-    Animal("vit", vit, None, spatial=False),
+    Animal("vit", vit, "encoder.layers.encoder_layer_1.ln_1", attends=True),
+    Animal("timm_vit", timm_vit, "blocks.1.norm1", attends=True),
     Animal("swin", swin, "permute", gap=True),
     Animal("mlp", lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, CLASSES)), None, spatial=False),
 ]

@@ -7,6 +7,7 @@ from lightning_interp.callbacks.filters import FilterMonitor
 from lightning_interp.callbacks.finetuning import GAPHeadFinetuning
 from lightning_interp.callbacks.localization import LocalizationMonitor
 from lightning_interp.callbacks.norms import NormMonitor
+from lightning_interp.callbacks.occlusion import OcclusionMonitor
 from lightning_interp.callbacks.saliency import SaliencyMonitor
 from lightning_interp.callbacks.weights import WeightHistogramMonitor
 
@@ -17,6 +18,7 @@ __all__ = [
     "LocalizationMonitor",
     "Monitor",
     "NormMonitor",
+    "OcclusionMonitor",
     "ProbeMonitor",
     "SaliencyMonitor",
     "WeightHistogramMonitor",

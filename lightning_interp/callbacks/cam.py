@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from lightning_interp import explain
 from lightning_interp.callbacks.base import Method, ProbeMonitor, ProbeMonitorOptions
 from lightning_interp.callbacks.captions import captions
 from lightning_interp.errors import ConfigurationError
-from lightning_interp.explain import cam, gradcam
 from lightning_interp.probe import Probe
 from lightning_interp.records import Picture
 from lightning_interp.render import ColorScale, check_colormap, enlarge, normalize_maps, overlay, tile_grid
@@ -26,8 +26,10 @@ class CAMMonitor(ProbeMonitor):
     caption ticked where the prediction is right. Tag: ``cam/<method>``.
 
     Args:
-        method: ``"gradcam"`` (any model), ``"cam"`` (exact, for a GAP + linear head), an explainer of
-            :mod:`lightning_interp.explain`, or a callable ``(model, images, targets) -> maps`` (N, H, W).
+        method: ``"gradcam"`` (any model), ``"cam"`` (exact, for a GAP + linear head), ``"gradcam_plus_plus"``,
+            ``"hirescam"``, ``"xgradcam"``, ``"layercam"``, ``"eigencam"``, ``"scorecam"``, ``"ablationcam"``,
+            ``"attention_rollout"`` (vision transformers), ``"rise"``, an explainer of :mod:`lightning_interp.explain`,
+            or a callable ``(model, images, targets) -> maps`` (N, H, W).
         layer: A dotted name or module; None: the tensor that enters the final pooling or flattening.
         target: Which class is explained: ``"predicted"``, ``"label"``, or a class number.
         cmap: The name of a matplotlib colour map.
@@ -51,7 +53,14 @@ class CAMMonitor(ProbeMonitor):
     """
 
     kind = "cam"
-    methods: ClassVar = {"cam": cam, "gradcam": gradcam}
+    methods: ClassVar = {
+        each.name: each
+        for each in (
+            *(explain.cam, explain.gradcam, explain.gradcam_plus_plus, explain.hirescam, explain.xgradcam),
+            *(explain.layercam, explain.eigencam, explain.scorecam, explain.ablationcam, explain.attention_rollout),
+            explain.rise,
+        )
+    }
 
     def __init__(
         self,

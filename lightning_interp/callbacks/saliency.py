@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lightning_interp import explain
 from lightning_interp.callbacks.base import Method, ProbeMonitor, ProbeMonitorOptions
 from lightning_interp.callbacks.captions import captions
-from lightning_interp.explain import saliency, smoothgrad
 from lightning_interp.probe import Probe
 from lightning_interp.records import Picture
 from lightning_interp.render import (
@@ -34,8 +34,9 @@ class SaliencyMonitor(ProbeMonitor):
     Over the channels the largest absolute value counts. Tag: ``saliency/<method>``.
 
     Args:
-        method: ``"saliency"``, ``"smoothgrad"``, an explainer of :mod:`lightning_interp.explain`, or a callable
-            ``(model, images, targets) -> maps`` (N, H, W).
+        method: ``"saliency"``, ``"smoothgrad"``, ``"vargrad"``, ``"input_x_gradient"``, ``"integrated_gradients"``,
+            ``"guided_backprop"``, ``"guided_gradcam"``, ``"deconvnet"``, an explainer of
+            :mod:`lightning_interp.explain`, or a callable ``(model, images, targets) -> maps`` (N, H, W).
         target: Which class is explained: ``"predicted"``, ``"label"``, or a class number.
         cmap: The name of a matplotlib colour map.
         method_options: What the method itself takes, as ``{"n_samples": 20}``.
@@ -55,7 +56,13 @@ class SaliencyMonitor(ProbeMonitor):
     """
 
     kind = "saliency"
-    methods: ClassVar = {"saliency": saliency, "smoothgrad": smoothgrad}
+    methods: ClassVar = {
+        each.name: each
+        for each in (
+            *(explain.saliency, explain.smoothgrad, explain.vargrad, explain.input_x_gradient),
+            *(explain.integrated_gradients, explain.guided_backprop, explain.guided_gradcam, explain.deconvnet),
+        )
+    }
 
     def __init__(
         self,

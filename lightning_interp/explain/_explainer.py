@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -28,9 +29,13 @@ class Explainer:
         images: (N, C, H, W) floating, as the model takes them.
         targets: None (each image's predicted class), an int, int64 (N,), or a callable from the model's output to
             scores (N,). The score of a class is its logit.
-        layer: A module, its dotted name, or None: the tensor that enters the final pooling or flattening. Methods
-            that look at pixels only refuse it.
+        layer: A module, its dotted name, or None: the tensor that enters the final pooling or flattening; in a
+            transformer with a class token, the tokens that enter the last attention. A list stands for several layers
+            at once: the map of each is rectified, divided by its maximum and resized, and their mean is returned.
+            Methods that look at pixels only refuse it.
         use: Which call of the layer is meant where the model uses it more than once; the last by default.
+        reshape: From what the layer gives to (N, C, h, w), where its places are in no order that is known: known are
+            (N, C, h, w), (N, h, w, C), and tokens (N, T, C) row by row behind class and register tokens.
         batch_size: How many images are explained at once; None: all.
         upsample: Whether the maps of a layer are resized bilinearly to the images.
         predict: How to run the model, ``predict(model, images)``; None calls it.
@@ -38,24 +43,28 @@ class Explainer:
 
     Returns of a call:
         Maps (N, H, W), float32, on the images' device: raw values, signed where the method is; with
-        ``upsample=False`` (N, h, w) of the layer.
+        ``upsample=False`` (N, h, w) of the layer. Some methods give more on request, as a tuple.
     """
 
     def __init__(
-        self, function: Callable[..., Tensor], layer: Literal["activations", "gradients"] | None, inputs: bool
+        self,
+        function: Callable[..., Tensor],
+        layer: Literal["activations", "gradients"] | None,
+        inputs: bool,
+        coarse: bool,
     ) -> None:
         functools.update_wrapper(self, function)
         self.name: str = function.__name__
         self.function = function
         self.layer = layer
         self.inputs = inputs
+        self.coarse = coarse
         own = list(inspect.signature(function).parameters.values())[1 if layer is None else 2 :]
         self.options = tuple(each.name for each in own)
         common = inspect.signature(self._call).parameters
-        layered = ("layer", "use", "upsample") if layer is not None else ()
-        shown = [
-            each for name, each in common.items() if name not in {"layer", "use", "upsample", "options"} - set(layered)
-        ]
+        hidden = set() if layer is not None else {"layer", "use", "reshape"}
+        hidden |= {"options"} if coarse else {"options", "upsample"}
+        shown = [each for name, each in common.items() if name not in hidden]
         last = [each for each in shown if each.kind is each.VAR_KEYWORD]
         self.__signature__ = inspect.Signature(
             [each for each in shown if each not in last] + own, return_annotation=Tensor
@@ -76,8 +85,9 @@ class Explainer:
         images: Tensor,
         targets: Targets = None,
         *,
-        layer: str | nn.Module | None = None,
+        layer: str | nn.Module | Sequence[str | nn.Module] | None = None,
         use: int = -1,
+        reshape: Callable[[Tensor], Tensor] | None = None,
         batch_size: int | None = None,
         upsample: bool = True,
         predict: Predict | None = None,
@@ -96,8 +106,17 @@ class Explainer:
                 f"targets has {len(targets)} entries, expected one class for each of the "  # type: ignore[arg-type]
                 f"{len(images)} images"
             )
+        layers, several = _listed(layer)
+        if not layers or (several and not upsample):
+            raise ConfigurationError(
+                "several layers have maps of several sizes, which are averaged at the images' size; pass at least one "
+                f"layer, and upsample=True, got layer={layer!r} and upsample={upsample}"
+            )
         with undisturbed(model):
-            site = None if self.layer is None else locate(model, layer, images, use=use, predict=predict)
+            sites = []
+            if self.layer is not None:
+                found = [locate(model, each, images, use=use, predict=predict) for each in layers]
+                sites = [replace(site, reshape=reshape) for site in found]
             maps = []
             for start in range(0, len(images), size):
                 chunk = slice(start, start + size)
@@ -106,13 +125,20 @@ class Explainer:
                     model,
                     images[chunk],
                     aim,
-                    layers=self.needs(site),
+                    layers=self.needs(*sites),
                     input_gradients=self.inputs,
                     predict=predict,
                     offset=start,
                 ) as trace:
-                    maps.append(self.on(trace, site, upsample=upsample, **options))
-        return torch.cat(maps)
+                    if aim is not None:
+                        trace.aim(aim)  # checked, though some methods are the same for all targets
+                    if several:
+                        looks = [self.on(trace, site, upsample=False, **options) for site in sites]
+                        maps.append(_combined(looks, images.shape[-2:]))
+                    else:
+                        maps.append(self.on(trace, *sites, upsample=upsample, **options))
+        joined: Tensor = _joined(maps)
+        return joined
 
     def check(self, layer: object, options: Mapping[str, object]) -> None:
         """Raise where a layer or an option is given that this method does not take."""
@@ -123,9 +149,9 @@ class Explainer:
             known = ", ".join(self.options) or "none of its own"
             raise ConfigurationError(f"{self.name} has no option {unknown[0]!r}; it takes {known}")
 
-    def needs(self, site: Site | None) -> dict[Site, bool]:
+    def needs(self, *sites: Site | None) -> dict[Site, bool]:
         """The sites that a Trace must tap for this method, each with whether its gradient is wanted."""
-        return {} if site is None else {site: self.layer == "gradients"}
+        return {site: self.layer == "gradients" for site in sites if site is not None}
 
     def on(self, trace: Trace, site: Site | None = None, *, upsample: bool = True, **options: Any) -> Tensor:
         """The maps of one open Trace, which was made for what this method needs.
@@ -146,26 +172,60 @@ class Explainer:
             if len(shape) != 4:
                 raise ConfigurationError(
                     f"the layer {site.name!r} gives activations {tuple(shape)}, which have no places in the image; "
-                    "choose a layer that gives (N, C, h, w)"
+                    "choose a layer that gives (N, C, h, w), or say how to make that of them with reshape="
                 )
             maps = self.function(trace, site, **options)
-            if upsample:
-                maps = interpolate(
-                    maps[:, None].float(), trace.images.shape[-2:], mode="bilinear", align_corners=False
-                )[:, 0]
-        return maps.detach().float().to(trace.images.device)
+        if self.coarse and upsample:
+            maps = _resized(maps, trace.images.shape[-2:])
+        finished: Tensor = _finished(maps, trace.images.device)
+        return finished
+
+
+def _finished(found: Any, device: torch.device) -> Any:
+    """What a definition gave: detached, in float32 where it is no whole number, on the device."""
+    if isinstance(found, tuple):
+        return tuple(_finished(each, device) for each in found)
+    return found.detach().to(device, torch.float32 if found.is_floating_point() else found.dtype)
+
+
+def _resized(maps: Tensor, size: torch.Size) -> Tensor:
+    if maps.shape[-2:] == size:
+        return maps
+    return interpolate(maps[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def _listed(layer: object) -> tuple[list[Any], bool]:
+    """The layers, and whether several were asked for."""
+    return (list(layer), True) if isinstance(layer, (list, tuple)) else ([layer], False)
+
+
+def _combined(maps: list[Tensor], size: torch.Size) -> Tensor:
+    """The mean of several layers' maps, each rectified, divided by its own maximum, and resized."""
+    rectified = [each.relu() for each in maps]
+    peaks = [each.amax((1, 2), keepdim=True) for each in rectified]
+    parts = [_resized(each / peak.where(peak > 0, 1), size) for each, peak in zip(rectified, peaks, strict=True)]
+    return torch.stack(parts).mean(0)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """The chunks as one; some methods give a tuple on request."""
+    if isinstance(parts[0], tuple):
+        return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+    return torch.cat(parts)
 
 
 def explainer(
-    *, layer: Literal["activations", "gradients"] | None = None, inputs: bool = False
-) -> Callable[[Callable[..., Tensor]], Explainer]:
+    *, layer: Literal["activations", "gradients"] | None = None, inputs: bool = False, coarse: bool | None = None
+) -> Callable[[Callable[..., Any]], Explainer]:
     """Make an explainer of a definition, ``function(trace, [layer,] **options) -> maps``.
 
     Args:
         layer: Whether it needs a layer's activations, or its gradients, too.
         inputs: Whether it needs the gradient towards the images.
+        coarse: Whether its maps are resized to the images unless ``upsample=False``; None: those of layers are.
 
     Returns:
         The decorator.
     """
-    return lambda function: Explainer(function, layer, inputs)
+    resized = layer is not None if coarse is None else coarse
+    return lambda function: Explainer(function, layer, inputs, resized)

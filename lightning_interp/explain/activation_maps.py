@@ -1,4 +1,4 @@
-"""Class activation maps: a layer's activations, weighted and summed over its channels."""
+"""Class activation maps: a layer's activations, weighted by the classifier or by gradients, summed over channels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_interp.explain._explainer import explainer
 from lightning_interp.layers import linear_heads
 from lightning_interp.trace import Site, Trace
 
-__all__ = ["cam", "gradcam"]
+__all__ = ["cam", "gradcam", "gradcam_plus_plus", "hirescam", "layercam", "xgradcam"]
 
 
 @explainer(layer="activations")
@@ -107,3 +107,147 @@ def gradcam(trace: Trace, layer: Site) -> Tensor:
     """
     activations, gradients = trace.activations(layer).float(), trace.gradients(layer).float()
     return torch.einsum("nc,nchw->nhw", gradients.mean((2, 3)), activations)
+
+
+@explainer(layer="gradients")
+def gradcam_plus_plus(trace: Trace, layer: Site) -> Tensor:
+    r"""Grad-CAM++: positive gradients, each place weighted so that several objects count alike.
+
+    .. math:: M(y, x) = \sum_c w_c A_c(y, x), \qquad w_c = \sum_{y, x} \alpha_c(y, x) \max(g_c(y, x), 0), \qquad
+        \alpha_c = \frac{g_c^2}{2 g_c^2 + g_c^3 \sum_{a, b} A_c(a, b)} = \frac{1}{2 + g_c \sum_{a, b} A_c(a, b)}
+
+    with :math:`g_c = \partial s / \partial A_c`: the paper's closed form for the score :math:`\exp(s)`, without its
+    factor :math:`\exp(s)`, which is the same for all channels and places. The rectifier of the gradients belongs to the
+    definition; that of the map is applied where maps become pictures. Where the denominator vanishes, which takes
+    negative activations, the weight is zero.
+
+    Args:
+        trace: Made by the call; see :class:`Explainer` for what a call takes.
+        layer: Any layer that gives (N, C, h, w) or tokens; None finds the last spatial one. The definition means
+            activations that are not negative: after a ReLU.
+
+    Returns:
+        (N, H, W) float32, resized to the images; (N, h, w) with ``upsample=False``.
+
+    Raises:
+        ConfigurationError: If the model has no spatial layer.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+        >>> bool((gradcam_plus_plus(model, torch.rand(4, 3, 8, 8), layer="1") >= 0).all())
+        True
+
+    Reference:
+        Chattopadhay et al., Grad-CAM++: Generalized Gradient-based Visual Explanations for Deep Convolutional
+        Networks, WACV 2018.
+    """
+    activations, gradients = trace.activations(layer).float(), trace.gradients(layer).float()
+    # Divided by the squared gradient, which is often too small for float32.
+    denominators = 2 + gradients * activations.sum((2, 3), keepdim=True)
+    positive = torch.where(denominators.abs() > 1e-6, gradients.relu() / denominators, 0)
+    return torch.einsum("nc,nchw->nhw", positive.sum((2, 3)), activations)
+
+
+@explainer(layer="gradients")
+def hirescam(trace: Trace, layer: Site) -> Tensor:
+    r"""HiResCAM: activations times gradients, place by place; what it shows was used by the model.
+
+    .. math:: M(y, x) = \sum_c \frac{\partial s}{\partial A_c(y, x)} A_c(y, x)
+
+    For a model that is linear behind the layer, the sum over the places plus the bias is the score.
+
+    Args:
+        trace: Made by the call; see :class:`Explainer` for what a call takes.
+        layer: Any layer that gives (N, C, h, w) or tokens; None finds the last spatial one.
+
+    Returns:
+        (N, H, W) float32, signed, resized to the images; (N, h, w) with ``upsample=False``.
+
+    Raises:
+        ConfigurationError: If the model has no spatial layer.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+        >>> images = torch.rand(4, 3, 8, 8)
+        >>> maps = hirescam(model, images, targets=1, layer="1", upsample=False)
+        >>> torch.allclose(maps.sum((1, 2)) + model[3].bias[1], model(images)[:, 1], atol=1e-5)
+        True
+
+    Reference:
+        Draelos and Carin, Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural
+        networks, 2020.
+    """
+    activations, gradients = trace.activations(layer).float(), trace.gradients(layer).float()
+    return (activations * gradients).sum(1)
+
+
+@explainer(layer="gradients")
+def xgradcam(trace: Trace, layer: Site) -> Tensor:
+    r"""XGrad-CAM: activations weighted by their channel's mean gradient, which counts where the channel is active.
+
+    .. math:: M(y, x) = \sum_c w_c A_c(y, x), \qquad
+        w_c = \sum_{y, x} \frac{A_c(y, x)}{\sum_{a, b} A_c(a, b)} \frac{\partial s}{\partial A_c(y, x)}
+
+    A channel whose activations sum to zero has no weight.
+
+    Args:
+        trace: Made by the call; see :class:`Explainer` for what a call takes.
+        layer: Any layer that gives (N, C, h, w) or tokens; None finds the last spatial one. The definition means
+            activations that are not negative: after a ReLU.
+
+    Returns:
+        (N, H, W) float32, signed, resized to the images; (N, h, w) with ``upsample=False``.
+
+    Raises:
+        ConfigurationError: If the model has no spatial layer.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+        >>> xgradcam(model, torch.rand(4, 3, 8, 8), layer="1").shape
+        torch.Size([4, 8, 8])
+
+    Reference:
+        Fu et al., Axiom-based Grad-CAM: Towards Accurate Visualization and Explanation of CNNs, BMVC 2020.
+    """
+    activations, gradients = trace.activations(layer).float(), trace.gradients(layer).float()
+    total = activations.sum((2, 3))
+    weights = torch.where(total == 0, 0, (activations * gradients).sum((2, 3)) / total)
+    return torch.einsum("nc,nchw->nhw", weights, activations)
+
+
+@explainer(layer="gradients")
+def layercam(trace: Trace, layer: Site) -> Tensor:
+    r"""LayerCAM: activations times positive gradients, place by place; sharp in early layers, too.
+
+    .. math:: M(y, x) = \sum_c \max\!\left(\frac{\partial s}{\partial A_c(y, x)}, 0\right) A_c(y, x)
+
+    The rectifier of the gradients belongs to the definition; that of the map is applied where maps become pictures.
+
+    Args:
+        trace: Made by the call; see :class:`Explainer` for what a call takes.
+        layer: Any layer that gives (N, C, h, w) or tokens; None finds the last spatial one.
+
+    Returns:
+        (N, H, W) float32, resized to the images; (N, h, w) with ``upsample=False``.
+
+    Raises:
+        ConfigurationError: If the model has no spatial layer.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+        >>> bool((layercam(model, torch.rand(4, 3, 8, 8), layer="1") >= 0).all())
+        True
+
+    Reference:
+        Jiang et al., LayerCAM: Exploring Hierarchical Class Activation Maps for Localization, TIP 2021.
+    """
+    activations, gradients = trace.activations(layer).float(), trace.gradients(layer).float()
+    return (activations * gradients.relu()).sum(1)

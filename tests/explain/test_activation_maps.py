@@ -1,13 +1,31 @@
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
+import pytorch_grad_cam
 import torch
 from captum.attr import LayerGradCam
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
+from torchcam.methods import GradCAMpp
 
 from lightning_interp.errors import ConfigurationError
-from lightning_interp.explain import cam, gradcam
-from tests.zoo import ANIMALS, Animal, Net, animal
+from lightning_interp.explain import (
+    Explainer,
+    cam,
+    gradcam,
+    gradcam_plus_plus,
+    hirescam,
+    layercam,
+    saliency,
+    xgradcam,
+)
+from lightning_interp.spatial import locate
+from lightning_interp.trace import Trace
+from tests import references
+from tests.zoo import ANIMALS, CLASSES, Animal, Net, animal
 
 GAPS = [each for each in ANIMALS if each.gap and each.name not in {"squeezenet", "one_logit", "one_logit_flat"}]
 
@@ -86,3 +104,269 @@ def test_gradcam_takes_any_spatial_layer() -> None:
         for name in ("conv1", "layer1", "layer2.0.relu", "layer3", "layer4")
     ]
     assert sizes == [32, 16, 8, 4, 2]
+
+
+# ---- other people's numbers
+
+
+def peers(name: str, kind: Animal, layers: list[str], targets: list[int]) -> Tensor:
+    """pytorch-grad-cam's maps: rectified and scaled to [0, 1]."""
+    model = copy.deepcopy(kind.model).eval()  # it leaves gradients, and Ablation-CAM replaces layers
+    with getattr(pytorch_grad_cam, name)(model, [model.get_submodule(layer) for layer in layers]) as peer:
+        return torch.from_numpy(peer(kind.images(), [ClassifierOutputTarget(target) for target in targets]))
+
+
+def scaled(maps: Tensor) -> Tensor:
+    """As pytorch-grad-cam does it."""
+    low = maps.amin((1, 2), keepdim=True)
+    return (maps - low) / (1e-7 + (maps - low).amax((1, 2), keepdim=True))
+
+
+def as_peers(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Rectified and scaled, resized and scaled, in pytorch-grad-cam's order."""
+    small = scaled(maps.relu())[:, None]
+    return scaled(nn.functional.interpolate(small, size, mode="bilinear", align_corners=False)[:, 0])
+
+
+@pytest.mark.parametrize("name", ["plain", "resnet", "vgg_bn", "squeezenet"])
+@pytest.mark.parametrize(
+    ("explainer", "peer"),
+    [(gradcam, "GradCAM"), (xgradcam, "XGradCAM"), (hirescam, "HiResCAM"), (layercam, "LayerCAM")],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_agrees_with_pytorch_grad_cam(explainer: Explainer, peer: str, name: str) -> None:
+    kind = animal(name)
+    assert kind.layer is not None
+    got = as_peers(explainer(kind.model, kind.images(), torch.tensor([0, 1, 2]), upsample=False), kind.size)
+    torch.testing.assert_close(got, peers(peer, kind, [kind.layer], [0, 1, 2]), atol=1e-5, rtol=1e-4)
+
+
+def test_gradcam_plus_plus_is_the_papers_and_not_torchcams() -> None:
+    # torchcam divides a copy by the denominator (``alpha[mask].div_``), and pytorch-grad-cam adds 1e-6 to one that is
+    # often smaller; so the reference of tests/references.py decides, in double precision.
+    kind, targets = animal("resnet"), torch.tensor([0, 1, 2])
+    expected = references.gradcam_plus_plus(kind.model, kind.images(), targets, "layer4")
+    torch.testing.assert_close(
+        gradcam_plus_plus(kind.model, kind.images(), targets, upsample=False), expected, atol=1e-6, rtol=1e-4
+    )
+    model = copy.deepcopy(kind.model).eval()
+    with GradCAMpp(model, "layer4") as peer:
+        logits = model(kind.images())
+        (theirs,) = peer([0, 1, 2], logits, normalized=False)
+    without = _without_denominator(kind, targets)
+    torch.testing.assert_close(theirs / theirs.amax((1, 2), True), without / without.amax((1, 2), True))
+    ours = expected.relu()
+    assert (theirs / theirs.amax((1, 2), True) - ours / ours.amax((1, 2), True)).abs().max() > 0.01
+
+
+def _without_denominator(kind: Animal, targets: Tensor) -> Tensor:
+    site = locate(kind.model, "layer4")
+    with Trace(kind.model, kind.images(), targets, layers={site: True}) as trace:
+        activations, gradients = trace.activations(site), trace.gradients(site)
+    weights = (gradients.square() * gradients.relu()).sum((2, 3))
+    return torch.einsum("nc,nchw->nhw", weights, activations).relu()
+
+
+def test_gradcam_plus_plus_survives_gradients_that_float32_cannot_square() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.head.weight.copy_(torch.rand(3, 8) * 1e-25)
+    images = torch.rand(2, 3, 9, 9)
+    maps = gradcam_plus_plus(model, images, 1, upsample=False)
+    assert (maps > 0).any()
+    # With no gradient to speak of, the denominator is two.
+    torch.testing.assert_close(maps * 1e25, gradcam(model, images, 1, upsample=False) * 1e25 * 8, rtol=1e-4, atol=1e-5)
+
+
+# captum's one-convolution model, which the field's tests share
+class OneConvolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.relu1 = nn.Conv2d(1, 2, 3), nn.ReLU()
+        self.linear, self.relu2 = nn.Linear(8, 4), nn.ReLU()
+        with torch.no_grad():
+            self.convolution.weight.fill_(1)
+            self.convolution.bias.copy_(torch.tensor([-50.0, -75.0]))
+            self.linear.weight.copy_(torch.tensor([[1.0] * 5 + [-1.0] * 3] * 4))
+            self.linear.bias.zero_()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.relu2(self.linear(self.relu1(self.convolution(images)).flatten(1)))
+
+
+SIXTEEN = torch.arange(16.0).view(1, 1, 4, 4)
+
+
+def test_gradcam_of_the_one_convolution_model() -> None:
+    maps = gradcam(OneConvolution(), SIXTEEN, 0, layer="relu1", upsample=False)
+    torch.testing.assert_close(maps, torch.tensor([[[0.0, 4.0], [28.0, 32.5]]]))
+
+
+def test_the_others_of_the_one_convolution_model() -> None:
+    # Its activations are [[0, 4], [40, 49]] - nothing and [[0, 0], [15, 24]]; its gradients rows of the linear layer.
+    model = OneConvolution()
+    activations = model.relu1(model.convolution(SIXTEEN))[0].detach()
+    gradients = torch.tensor([1.0] * 5 + [-1.0] * 3).view(2, 2, 2)
+    torch.testing.assert_close(
+        hirescam(model, SIXTEEN, 0, layer="relu1", upsample=False)[0], (activations * gradients).sum(0)
+    )
+    torch.testing.assert_close(
+        layercam(model, SIXTEEN, 0, layer="relu1", upsample=False)[0], (activations * gradients.clamp(min=0)).sum(0)
+    )
+    weights = [(a * g).sum() / a.sum() for a, g in zip(activations, gradients, strict=True)]
+    expected = weights[0] * activations[0] + weights[1] * activations[1]
+    torch.testing.assert_close(xgradcam(model, SIXTEEN, 0, layer="relu1", upsample=False)[0], expected)
+
+
+# ---- what calls of layered methods take
+
+
+@pytest.mark.parametrize("name", ["vit", "timm_vit"])
+def test_transformers_are_seen_on_their_grid(name: str) -> None:
+    kind = animal(name)
+    assert kind.layer is not None
+    maps = gradcam(kind.model, kind.images(), 1, upsample=False)
+    assert maps.shape == (3, 4, 4)
+
+    def grid(tokens: Tensor) -> Tensor:
+        return tokens[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+
+    torch.testing.assert_close(gradcam(kind.model, kind.images(), 1, reshape=grid, upsample=False), maps)
+    named = gradcam(kind.model, kind.images(), 1, layer=kind.layer, reshape=grid, upsample=False)
+    torch.testing.assert_close(named, maps)
+    model = copy.deepcopy(kind.model).eval()
+    with pytorch_grad_cam.GradCAM(model, [model.get_submodule(kind.layer)], reshape_transform=grid) as peer:
+        theirs = torch.from_numpy(peer(kind.images(), [ClassifierOutputTarget(1)] * 3))
+    torch.testing.assert_close(as_peers(maps, kind.size), theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_reshape_takes_any_order() -> None:
+    kind = animal("plain")
+    turned = gradcam(kind.model, kind.images(), 1, reshape=lambda maps: maps.transpose(2, 3), upsample=False)
+    torch.testing.assert_close(turned.mT, gradcam(kind.model, kind.images(), 1, upsample=False))
+    with pytest.raises(ConfigurationError, match=r"'second.1' gives activations \(3, 8\), .*reshape="):
+        gradcam(kind.model, kind.images(), 1, reshape=lambda maps: maps.mean((2, 3)))
+
+
+def test_layers_that_fit_no_grid_take_reshape() -> None:
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 4, 4, stride=4), nn.Linear(4, 3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(self.tokens(images).mean(0))
+
+        def tokens(self, images: Tensor) -> Tensor:
+            return self.stem(images).flatten(2).permute(2, 0, 1)  # (T, N, C)
+
+    class Model(Sequence):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Identity()
+
+        def tokens(self, images: Tensor) -> Tensor:
+            return self.body(super().tokens(images))
+
+    model, images = Model(), torch.rand(2, 3, 16, 8)
+    maps = gradcam(
+        model, images, 1, layer="body", reshape=lambda x: x.permute(1, 2, 0).unflatten(2, (4, 2)), upsample=False
+    )
+    torch.testing.assert_close(maps, gradcam(model, images, 1, layer="stem", upsample=False))
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_several_layers_are_averaged(batch_size: int | None) -> None:
+    kind = animal("resnet")
+    got = gradcam(kind.model, kind.images(), 1, layer=["layer3", "layer4"], batch_size=batch_size)
+    expected = torch.zeros_like(got)
+    for layer in ("layer3", "layer4"):
+        small = gradcam(kind.model, kind.images(), 1, layer=layer, upsample=False).relu()
+        small = small / small.amax((1, 2), keepdim=True).clamp(min=1e-30)
+        expected += nn.functional.interpolate(small[:, None], kind.size, mode="bilinear")[:, 0] / 2
+    torch.testing.assert_close(got, expected)
+
+
+def test_several_layers_are_averaged_as_in_pytorch_grad_cam() -> None:
+    kind = animal("resnet")
+    layers = ["layer2", "layer3"]  # of so many places that some are not above zero, where min-max is the maximum
+    got = scaled(gradcam(kind.model, kind.images(), 1, layer=layers))
+    torch.testing.assert_close(got, peers("GradCAM", kind, layers, [1, 1, 1]), atol=1e-5, rtol=1e-4)
+
+
+def test_one_layer_in_a_list_is_scaled_as_several_are() -> None:
+    kind = animal("plain")
+    maps = gradcam(kind.model, kind.images(), 1, layer=[None])
+    assert (maps.amin() >= 0, maps.amax() <= 1) == (True, True)
+
+
+@pytest.mark.parametrize(("layer", "upsample"), [([], True), (["second", "first"], False)])
+def test_several_layers_that_do_not_fit(layer: list[str], upsample: bool) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"several layers have maps of several sizes.*upsample=True, got layer"
+    ):
+        gradcam(Net(), torch.rand(2, 3, 9, 9), layer=layer, upsample=upsample)
+    with pytest.raises(ConfigurationError, match="takes no layer"):
+        saliency(Net(), torch.rand(2, 3, 9, 9), layer=["second"])
+
+
+# ---- whether to believe them, after Adebayo et al., Sanity Checks for Saliency Maps, NeurIPS 2018
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[nn.Module, Tensor]:
+    """A small net that tells in which of three colours a patch somewhere in the noise is."""
+    stream = torch.Generator().manual_seed(0)
+
+    def batch(n: int) -> tuple[Tensor, Tensor]:
+        images, classes = 0.3 * torch.rand(n, 3, 24, 24, generator=stream), torch.arange(n) % CLASSES
+        corners = torch.randint(0, 16, (n, 2), generator=stream).tolist()
+        for image, kind, (top, left) in zip(images, classes.tolist(), corners, strict=True):
+            image[kind, top : top + 8, left : left + 8] += 0.7
+        return images, classes
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1, stride=2), nn.ReLU()),
+            *(
+                nn.Conv2d(16, 16, 3, padding=1),
+                nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+                nn.Linear(16, CLASSES),
+            ),
+        )
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        for _ in range(60):
+            images, classes = batch(32)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), classes).backward()
+            optimizer.step()
+    images, classes = batch(16)
+    assert (model(images).argmax(1) == classes).float().mean() > 0.9
+    return model, images
+
+
+@pytest.mark.parametrize("explainer", [gradcam, saliency], ids=lambda each: each.name)
+def test_random_top_layers_change_the_maps(explainer: Explainer, trained: tuple[nn.Module, Tensor]) -> None:
+    model, images = trained
+    targets = model(images).argmax(1)
+    options: dict[str, Any] = {"layer": "5"} if explainer.layer else {}
+    before = explainer(model, images, targets, **options)
+    again = explainer(copy.deepcopy(model), images, targets, **options)
+    correlations = []
+    for seed in range(5):
+        other = copy.deepcopy(model)
+        torch.manual_seed(seed)
+        for layer in (8, 4, 2):
+            other[layer].reset_parameters()
+        after = explainer(other, images, targets, **options)
+        correlations += [_rank_correlation(one, two) for one, two in zip(before, after, strict=True)]
+    assert _rank_correlation(before[0], again[0]) > 0.999
+    assert sum(correlations) / len(correlations) < 0.5
+
+
+def _rank_correlation(one: Tensor, other: Tensor) -> float:
+    ranks = [each.flatten().argsort().argsort().double() for each in (one, other)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
