@@ -39,10 +39,12 @@ def test_compiled_parts_stand_for_what_they_wrap(model: Net) -> None:
 
 def test_near_names_are_suggested() -> None:
     resnet = animal("resnet").model
-    with pytest.raises(ConfigurationError, match=r"there is no layer 'layer5' in ResNet; did you mean .*'layer4'.*\?"):
+    with pytest.raises(
+        ConfigurationError, match=r"there is no layer 'layer5' in SlimResNet; did you mean .*'layer4'.*\?"
+    ):
         find_layer(resnet, "layer5")
     with pytest.raises(
-        ConfigurationError, match=r"no layer 'downsample' in ResNet; did you mean 'layer2.0.downsample'"
+        ConfigurationError, match=r"no layer 'downsample' in SlimResNet; did you mean 'layer1.0.downsample'"
     ):
         find_layer(resnet, "downsample")
 

@@ -15,7 +15,8 @@ from lightning_interp.records import Picture
 from lightning_interp.sinks import MemorySink
 
 SLOW: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("smoothgrad", "vargrad"), {"n_samples": 2}),
+    "smoothgrad": {"n_samples": 2},
+    "vargrad": {"n_samples": 2},
     "integrated_gradients": {"n_steps": 2},
     "rise": {"n_masks": 4},
 }

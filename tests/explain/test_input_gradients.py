@@ -133,7 +133,7 @@ BASELINES = [None, "zeros", 0.5, "mean", "blur", "uniform", "noise", torch.rand(
 
 
 @pytest.mark.parametrize("baselines", BASELINES, ids=str)
-@pytest.mark.parametrize("name", ["plain", "resnet", "flattening"])
+@pytest.mark.parametrize("name", ["plain", pytest.param("resnet", marks=pytest.mark.matrix), "flattening"])
 def test_attributions_sum_to_the_difference_of_the_scores(name: str, baselines: Any) -> None:
     kind = animal(name)
     maps, error = integrated_gradients(

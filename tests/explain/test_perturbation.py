@@ -33,7 +33,7 @@ def test_occlusion_is_captums(name: str, fill: float) -> None:
     torch.testing.assert_close(got, expected[:, 0].float(), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["plain", "resnet", "flattening"])
+@pytest.mark.parametrize("name", ["plain", pytest.param("resnet", marks=pytest.mark.matrix), "flattening"])
 @pytest.mark.parametrize(("patch", "stride", "fill"), [(0.3, 0.1, None), (0.2, 0.2, 0.5), (1.0, 1.0, 0.0)])
 def test_occlusion_is_the_reference(name: str, patch: float, stride: float, fill: float | None) -> None:
     kind = animal(name)
