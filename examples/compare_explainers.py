@@ -39,6 +39,7 @@ FINE = (
 )
 # Two methods of each photograph stand in a row of tiles this wide.
 TILE = 144
+UNIT_LAYER = 5
 SMALL = {
     "smoothgrad": {"n_samples": 2},
     "vargrad": {"n_samples": 2},
@@ -67,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     titles = ["the photograph"]
     for method in (*COARSE, *FINE):
         start = time.perf_counter()
-        maps = getattr(explain, method)(model, images, predicted, **(SMALL.get(method, {}) if args.small else {}))
+        if method == "deconvnet":
+            maps = strongest_units(model, images)
+        else:
+            maps = getattr(explain, method)(model, images, predicted, **(SMALL.get(method, {}) if args.small else {}))
         columns.append(drawn(method, maps, pictures))
         titles.append(method)
         print(f"{method:22} {(time.perf_counter() - start) / len(images):6.2f} s an image")
@@ -81,10 +85,24 @@ def main(argv: Sequence[str] | None = None) -> Path:
     return args.out
 
 
+def strongest_units(model: SqueezeNet, images: Tensor) -> Tensor:
+    """What excites the unit of a layer that answers most to each photograph, as the paper shows it.
+
+    Asked for a class, a deconvnet says nothing here: the signal, rectified on its way back, dies in this sparse network.
+    """
+    maps = []
+    for image in images.split(1):
+        with torch.no_grad():
+            unit = int(model.features[: UNIT_LAYER + 1](image).amax((0, 2, 3)).argmax())
+        maps.append(explain.deconvnet(model, image, unit=(f"features.{UNIT_LAYER}", unit), channels="max_abs"))
+    return torch.cat(maps)
+
+
 def drawn(method: str, maps: Tensor, pictures: Tensor) -> Tensor:
     """(N, H, W) maps as (N, H, W, 3) uint8 tiles."""
     if method in COARSE:
-        return overlay(pictures, normalize_maps(maps), "jet", 0.5)
+        # RISE's maps are mean scores, of which only the differences between places say anything.
+        return overlay(pictures, normalize_maps(maps, "min_max" if method == "rise" else "relu"), "jet", 0.5)
     # A few hot pixels would leave the rest black.
     return colorize(normalize_maps(maps, "max_abs", percentile=99), "inferno")
 

@@ -82,6 +82,10 @@ class CAMMonitor(ProbeMonitor):
 
     def draw(self, seen: Mapping[str, Tensor], probe: Probe) -> Iterator[Picture]:
         """One grid of all images."""
-        tiles = overlay(enlarge(probe.to_display()), normalize_maps(seen["maps"]), self.cmap, self.alpha)
-        scale = ColorScale(self.cmap, "0", "max", f"{self.method_name}, each image by its own maximum")
+        # RISE's maps are mean scores, of which only the differences between places say anything.
+        differs = self.method is explain.rise
+        heat = normalize_maps(seen["maps"], "min_max" if differs else "relu")
+        tiles = overlay(enlarge(probe.to_display()), heat, self.cmap, self.alpha)
+        own = "each image from its own minimum to its maximum" if differs else "each image by its own maximum"
+        scale = ColorScale(self.cmap, "min" if differs else "0", "max", f"{self.method_name}, {own}")
         yield Picture(self.tag(self.method_name), tile_grid(tiles, captions(seen, probe), scale=scale))

@@ -74,7 +74,7 @@ def deconvnet(
 
     whatever :math:`x` was, and for ReLU6 and LeakyReLU alike. With ``unit``, of the layer's activations all but
     the largest of that channel are set to zero, and its value is sent down; a unit that is nowhere above zero leaves an
-    empty map.
+    empty map. So does a class whose signal is negative everywhere on some layer, as happens in sparse networks.
 
     Args:
         trace: Made by the call; see :class:`Explainer` for what a call takes.

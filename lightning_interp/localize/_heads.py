@@ -101,13 +101,13 @@ def kept_head(
         model: The classifier.
         features: (N, C, h, w), of no particular image.
         tail: What the classifier makes of features.
-        dropout: The probability of the new head's dropout.
+        dropout: The probability of a linear head's dropout.
 
     Returns:
         A head with copies of the trained weights, and the model's own parameters in the order of the head's; or None.
     """
     logits = tail(features)
-    if not dropout and _agree(PooledMaps()(features), logits):
+    if _agree(PooledMaps()(features), logits):
         return PooledMaps(), []
     norms = [None, *_norms(model, features.shape[1])]
     for linear in _linear_layers(model):

@@ -80,7 +80,8 @@ class GAPClassifier(nn.Module):
             sample: (N, C, H, W) images to run the model with; only their shape, dtype and device matter. None:
                 1 x 3 x 224 x 224.
             output_stride: 8 or 16: finer maps without new weights, by dilation in place of stride; a last pooling that
-                no convolution follows is dropped. Not for transformers.
+                no convolution follows is dropped. The logits, being means over more places, change a little. Not for
+                transformers.
             conv_channels: Adds a 3 x 3 convolution to so many channels and a rectifier before the pooling, as the
                 paper does (1024); the head is new then.
             dropout: Probability of dropout before the linear layer.
@@ -120,12 +121,13 @@ class GAPClassifier(nn.Module):
             if site.module is None:
                 site = _site(model, images, layer)  # calls by function may have become others
         kept = _kept(model, images, site, dropout)
+        are_maps = isinstance(kept, PooledMaps)  # there is no linear layer that a dropout could stand before
         kind, classes = type(model).__name__, num_classes or _number_of_classes(model, images)
-        if num_classes is None and conv_channels is None and kept is not None:
+        if num_classes is None and conv_channels is None and kept is not None and not (are_maps and dropout):
             features, head = _up_to(model, images, site), kept
             summary = f"{kind} is cut at {site.name!r} and keeps the weights of its head"
         else:
-            if isinstance(kept, PooledMaps) and layer is None and not isinstance(model, GAPClassifier):
+            if are_maps and layer is None and not isinstance(model, GAPClassifier):
                 site = locate_last_convolution(model, images)  # maps of the old classes are no features
             features, head = _new_head(_up_to(model, images, site), images, classes, conv_channels, dropout)
             summary = f"{kind} is cut at {site.name!r}; a new head of {classes} classes replaces what came after"

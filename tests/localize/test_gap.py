@@ -143,8 +143,9 @@ def test_a_fully_convolutional_head_keeps_its_rectifier_in_the_maps() -> None:
     assert (maps >= 0).all()
 
 
-def test_a_new_head_for_it_stands_on_features_not_on_maps_of_old_classes() -> None:
-    adapted = adapt(animal("squeezenet").model, 5, sample=torch.rand(1, 3, 64, 64))
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_new_head_for_it_stands_on_features_not_on_maps_of_old_classes(dropout: float) -> None:
+    adapted = adapt(animal("squeezenet").model, 5, sample=torch.rand(1, 3, 64, 64), dropout=dropout)
     assert adapted.head.weight.shape == (5, 512)
     assert "input of classifier.1" in adapted.summary
 
