@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         else:
             maps = getattr(explain, method)(model, images, predicted, **(SMALL.get(method, {}) if args.small else {}))
         columns.append(drawn(method, maps, pictures))
-        titles.append(method)
+        titles.append("deconvnet of a unit" if method == "deconvnet" else method)
         print(f"{method:22} {(time.perf_counter() - start) / len(images):6.2f} s an image")
     tiles = resize(torch.cat(columns).permute(0, 3, 1, 2), [TILE, TILE]).permute(0, 2, 3, 1)
     said = [f"{names[each]} {100 * float(share):.0f} %" for each, share in zip(predicted, sure, strict=True)]
@@ -88,12 +88,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
 def strongest_units(model: SqueezeNet, images: Tensor) -> Tensor:
     """What excites the unit of a layer that answers most to each photograph, as the paper shows it.
 
-    Asked for a class, a deconvnet says nothing here: the signal, rectified on its way back, dies in this sparse network.
+    Asked for a class, a deconvnet says nothing here: rectified on its way back, the signal dies in this sparse network.
     """
     maps = []
     for image in images.split(1):
         with torch.no_grad():
-            unit = int(model.features[: UNIT_LAYER + 1](image).amax((0, 2, 3)).argmax())
+            answers = model.features[: UNIT_LAYER + 1](image)[0]
+        strongest, inside = answers.amax((1, 2)), answers[:, 2:-2, 2:-2].amax((1, 2))
+        unit = int(strongest.where(inside == strongest, 0).argmax())  # some answer to the border only
         maps.append(explain.deconvnet(model, image, unit=(f"features.{UNIT_LAYER}", unit), channels="max_abs"))
     return torch.cat(maps)
 
@@ -103,8 +105,9 @@ def drawn(method: str, maps: Tensor, pictures: Tensor) -> Tensor:
     if method in COARSE:
         # RISE's maps are mean scores, of which only the differences between places say anything.
         return overlay(pictures, normalize_maps(maps, "min_max" if method == "rise" else "relu"), "jet", 0.5)
-    # A few hot pixels would leave the rest black.
-    return colorize(normalize_maps(maps, "max_abs", percentile=99), "inferno")
+    # A few hot pixels would leave the rest black; but of a single unit that is all there is.
+    percentile = None if method == "deconvnet" else 99.0
+    return colorize(normalize_maps(maps, "max_abs", percentile=percentile), "inferno")
 
 
 def pretrained(weights: Path | None) -> SqueezeNet:

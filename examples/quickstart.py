@@ -2,7 +2,7 @@
 
     python examples/quickstart.py
 
-Nothing is downloaded, and a minute and a half on two CPU cores is enough. Each picture holds one shape (a disk, a
+Nothing is downloaded, and two minutes on two CPU cores are enough. Each picture holds one shape (a disk, a
 square, a star ...) of random colour, texture, size and place among strokes and blobs: the network has to find the
 shape to name it, and the class activation maps show whether it does.
 
