@@ -198,33 +198,34 @@ class Curve(pl.Callback):
         return max(range(len(self.rows)), key=lambda row: self.rows[row]["known_box"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.rows.append(self.scores(trainer, pl_module))
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.rows.append(self.scores(trainer, pl_module))
-        pl_module.log_dict({f"test/{name}": value for name, value in self.rows[-1].items()})
-
-    @torch.no_grad()
-    def scores(self, trainer: pl.Trainer, module: Any) -> Scores:
-        """What the table shows."""
-        training, limit = module.training, trainer.num_val_batches[0]
-        module.eval()
-        known, test = (truth_and_maps(module, loader, limit) for loader in (self.known, self.test))
-        module.train(training)
+        known = truth_and_maps(pl_module, self.known, trainer.num_val_batches[0])
         threshold = localize.fit_threshold(known["maps"], known["boxes"])
-        fixed = [
-            box_iou(localize.maps_to_boxes(test["maps"], share), test["boxes"]).diagonal() for share in (threshold, 0.2)
-        ]
-        return {
-            "known_box": float(localize.max_box_accuracy(known["maps"], known["boxes"])),
+        self.score(trainer, pl_module, float(localize.max_box_accuracy(known["maps"], known["boxes"])), threshold)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        found = trainer.callback_metrics  # of the training photographs, which the monitor has scored
+        self.score(
+            trainer, pl_module, float(found["localization/max_box_accuracy"]), float(found["localization/threshold"])
+        )
+
+    def score(self, trainer: pl.Trainer, module: Any, known_box: float, threshold: float) -> None:
+        """Add a row to the table, and to the logger's curves."""
+        test = truth_and_maps(module, self.test, trainer.num_val_batches[0])
+        fitted, fixed = (
+            (box_iou(localize.maps_to_boxes(test["maps"], share), test["boxes"]).diagonal() >= 0.5).float().mean()
+            for share in (threshold, 0.2)
+        )
+        scores = {
+            "known_box": known_box,
             "threshold": threshold,
-            "box": float((fixed[0] >= 0.5).float().mean()),
-            "box_at_20": float((fixed[1] >= 0.5).float().mean()),
+            "box": float(fitted),
+            "box_at_20": float(fixed),
             "pxap": float(localize.pixel_average_precision(test["maps"], test["masks"], test["ignore"])),
             "pointing": float(localize.pointing_game(test["maps"], test["masks"] | test["ignore"], tolerance=0)),
             "accuracy": float((test["predicted"] == test["targets"]).float().mean()),
-            **baselines(test),
         }
+        trainer.logger.log_metrics({f"test/{name}": value for name, value in scores.items()}, step=trainer.global_step)
+        self.rows.append(scores if self.rows else scores | baselines(test))
 
     def table(self, chosen: int) -> str:
         """All rows as Markdown."""
@@ -242,9 +243,11 @@ class Curve(pl.Callback):
         return "\n".join(lines)
 
 
+@torch.no_grad()
 def truth_and_maps(module: Any, loader: DataLoader[Any], limit: float) -> Batch:
     """All batches of a loader as one, with the true breed's map of each photograph, at its size."""
-    parts: list[Batch] = []
+    training, parts = module.training, list[Batch]()
+    module.eval()
     for number, batch in enumerate(loader):
         if number >= limit:
             break
@@ -252,6 +255,7 @@ def truth_and_maps(module: Any, loader: DataLoader[Any], limit: float) -> Batch:
         true = maps[torch.arange(len(maps)), batch["targets"]].cpu()
         large = F.interpolate(true[:, None], (SIZE, SIZE), mode="bilinear")[:, 0]
         parts.append({**batch, "maps": large, "predicted": logits.argmax(1).cpu()})
+    module.train(training)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -284,12 +288,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--log-dir", type=Path, default=Path("runs"), metavar="DIR", help="folder for the logs (default: runs)"
     )
     parser.add_argument(
-        "--epochs", type=int, metavar="N", help="passes over the training images (default: 12, with --small 1)"
+        "--epochs", type=int, metavar="N", help="passes over the training images (default: 10, with --small 1)"
     )
     parser.add_argument("--small", action="store_true", help="one epoch of two batches: a check that all is well")
     args = parser.parse_args(argv)
     if args.epochs is None:
-        args.epochs = 1 if args.small else 12
+        args.epochs = 1 if args.small else 10
     elif args.epochs < 1:
         parser.error("--epochs must be at least 1")
     if not args.download and not (args.data / "oxford-iiit-pet" / "annotations").is_dir():
