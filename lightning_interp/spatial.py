@@ -20,7 +20,7 @@ from lightning_interp.layers import find_layer, layer_name, original, plain_name
 from lightning_interp.outputs import Predict, checked_images, output_logits, run_model
 from lightning_interp.trace import Site, listening
 
-__all__ = ["locate", "locate_features", "locate_last_convolution"]
+__all__ = ["ATTENTIONS", "locate", "locate_features", "locate_last_convolution"]
 
 
 def locate(
@@ -67,10 +67,7 @@ def locate(
     watcher = _watched(model, images[:1], predict)
     site = watcher.attended or watcher.found
     if site is None:
-        raise ConfigurationError(
-            f"{type(model).__name__} has no spatial layer: no convolution's output enters a final pooling or "
-            f"flattening; {_ADVICE}"
-        )
+        raise _nowhere(model)
     if predict is None:
         _last_spatial[model] = (structure, site)
     return site
@@ -97,10 +94,7 @@ def locate_features(model: nn.Module, images: Tensor) -> Site:
     """
     found = _watched(model, images[:1], None).found
     if found is None:
-        raise ConfigurationError(
-            f"{type(model).__name__} has no spatial layer: no convolution's output enters a final pooling or "
-            f"flattening; {_ADVICE}"
-        )
+        raise _nowhere(model)
     return found
 
 
@@ -153,6 +147,17 @@ class _ConvolutionWatcher(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _nowhere(model: nn.Module) -> ConfigurationError:
+    return ConfigurationError(
+        f"{type(model).__name__} has no spatial layer: no convolution's output enters a final pooling or "
+        f"flattening; {_ADVICE}"
+    )
+
+
+# The functions by which tokens look at each other.
+ATTENTIONS = frozenset(
+    {"scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention", "softmax"}
+)
 _ADVICE = "name a layer that gives (N, C, h, w) activations, or tokens, with layer=..."
 
 
@@ -180,9 +185,6 @@ class _PoolingWatcher(TorchFunctionMode):
     # A norm over channels turns (N, 1, 1, C) back to (N, C, 1, 1): that is no pooling.
     _REORDERINGS = frozenset({"permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims"})
     _SELECTIONS = frozenset({"__getitem__", "select"})
-    _ATTENTIONS = frozenset(
-        {"scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention", "softmax"}
-    )
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
@@ -215,7 +217,7 @@ class _PoolingWatcher(TorchFunctionMode):
             entering = None
         if entering is not None and self._convolved and entering.ndim == 4 and self._has_places(name, entering):
             site = self._site_of(entering, func, name, call)
-        if name in self._ATTENTIONS:
+        if name in ATTENTIONS:
             self._attending = self._last_tokens() or self._attending
         result = func(*args, **(kwargs or {}))
         self._convolved |= name in self._WEIGHTED

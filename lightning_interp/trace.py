@@ -291,9 +291,7 @@ class Trace:
             )
         for site, kept in self._kept.items():
             if not kept:
-                raise ConfigurationError(
-                    f"the layer {site.name!r} did not run in the model's forward pass; choose a layer that does"
-                )
+                raise _never_ran(site)
 
     def _hook(self, sites: list[Site]) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -509,7 +507,11 @@ def run_until(model: nn.Module, images: Tensor, site: Site) -> Tensor:
             run_model(model, images, None)
     except _Reached as reached:
         return reached.tensor
-    raise ConfigurationError(
+    raise _never_ran(site)
+
+
+def _never_ran(site: Site) -> ConfigurationError:
+    return ConfigurationError(
         f"the layer {site.name!r} did not run in the model's forward pass; choose a layer that does"
     )
 

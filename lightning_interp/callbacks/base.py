@@ -21,7 +21,7 @@ from lightning_interp.records import Record
 from lightning_interp.schedule import Schedule
 from lightning_interp.trace import Site, Targets, Trace
 
-__all__ = ["Monitor", "MonitorOptions", "ProbeMonitor", "ProbeMonitorOptions"]
+__all__ = ["Monitor", "MonitorOptions", "ProbeMonitor", "ProbeMonitorOptions", "check_share"]
 
 Method = str | Explainer | Callable[..., Tensor]
 
@@ -418,3 +418,9 @@ class ProbeMonitor(Monitor):
         if not callable(method):
             raise ConfigurationError(f"method takes a name or a callable, got {method!r}")
         return method
+
+
+def check_share(name: str, value: object) -> None:
+    """Refuse what is no number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ConfigurationError(f"{name} takes a number from 0 to 1, got {value!r}")

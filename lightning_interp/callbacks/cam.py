@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from lightning_interp import explain
-from lightning_interp.callbacks.base import Method, ProbeMonitor, ProbeMonitorOptions
+from lightning_interp.callbacks.base import Method, ProbeMonitor, ProbeMonitorOptions, check_share
 from lightning_interp.callbacks.captions import captions
-from lightning_interp.errors import ConfigurationError
 from lightning_interp.probe import Probe
 from lightning_interp.records import Picture
 from lightning_interp.render import ColorScale, check_colormap, enlarge, normalize_maps, overlay, tile_grid
@@ -76,8 +75,7 @@ class CAMMonitor(ProbeMonitor):
         super().__init__(method=method, layer=layer, target=target, method_options=method_options, **options)
         check_colormap(cmap)
         self.cmap = cmap
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-            raise ConfigurationError(f"alpha takes a number from 0 to 1, got {alpha!r}")
+        check_share("alpha", alpha)
         self.alpha = alpha
 
     def draw(self, seen: Mapping[str, Tensor], probe: Probe) -> Iterator[Picture]:

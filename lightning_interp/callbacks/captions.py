@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,17 +36,25 @@ def probabilities(logits: Tensor) -> Tensor:
     return logits if already else logits.softmax(1)
 
 
-def captions(seen: Mapping[str, Tensor], probe: Probe) -> list[Caption]:
+def captions(seen: Mapping[str, Tensor], probe: Probe, below: Sequence[str] | None = None) -> list[Caption]:
     """A caption for each image of a probe.
 
     Args:
         seen: ``logits`` (N, K) and ``explained`` (N,), the classes that the maps explain, on the CPU.
         probe: The images, with their targets and class names where known.
+        below: One more line for each image, at the end; None: none.
 
     Returns:
         N captions: predicted class and probability; the true class where it differs; the class that the map explains
         where it is not the predicted one.
     """
+    made = _of_classes(seen, probe)
+    if below is None:
+        return made
+    return [replace(each, lines=(*each.lines, line)) for each, line in zip(made, below, strict=True)]
+
+
+def _of_classes(seen: Mapping[str, Tensor], probe: Probe) -> list[Caption]:
     logits, explained = seen["logits"], seen["explained"]
     if logits.ndim != 2:
         return [Caption(("",), None) for _ in range(len(probe))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -15,7 +14,7 @@ from typing_extensions import Unpack
 
 from lightning_interp._lightning import LightningModule
 from lightning_interp.annotations import Annotations
-from lightning_interp.callbacks.base import Method, ProbeMonitor, ProbeMonitorOptions
+from lightning_interp.callbacks.base import Method, ProbeMonitor, ProbeMonitorOptions, check_share
 from lightning_interp.callbacks.captions import captions
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.explain import cam, gradcam
@@ -134,9 +133,9 @@ class LocalizationMonitor(ProbeMonitor):
             **options,
         )
         check_colormap(cmap)
-        _check_share("alpha", alpha)
+        check_share("alpha", alpha)
         if threshold is not None:
-            _check_share("threshold", threshold)
+            check_share("threshold", threshold)
             if threshold == 1:
                 raise ConfigurationError("threshold takes a number below 1: above its maximum a map has nothing")
         self.cmap = cmap
@@ -285,13 +284,8 @@ class LocalizationMonitor(ProbeMonitor):
         legend = "true box green, predicted box orange" if truth is not None else "predicted box orange"
         title = f"{legend}: above {threshold:.2g} of each map's maximum, {source}"
         bar = ColorScale(self.cmap, "0", "max", f"{self.method_name}, each image by its own maximum")
-        shown = captions(seen, probe)
-        if truth is not None:
-            said = [_overlap(box, own) for box, own in zip(found, truth, strict=True)]
-            shown = [
-                dataclasses.replace(each, lines=(*each.lines, text)) for each, text in zip(shown, said, strict=True)
-            ]
-        yield Picture(self.tag("boxes"), tile_grid(tiles, shown, title=title, scale=bar))
+        said = None if truth is None else [_overlap(box, own) for box, own in zip(found, truth, strict=True)]
+        yield Picture(self.tag("boxes"), tile_grid(tiles, captions(seen, probe, said), title=title, scale=bar))
 
     def _drawn_threshold(self, known: float, maps: Tensor, truth: Sequence[Tensor] | None) -> tuple[float, str]:
         """The threshold for the drawn boxes, and where it comes from."""
@@ -393,8 +387,3 @@ def _overlap(box: Tensor, own: Tensor) -> str:
     if len(own) == 0:
         return "no object"
     return f"IoU {float(box_iou(box[None].float(), own.float()).max()):.2f}" if bool(box.any()) else "IoU 0: no box"
-
-
-def _check_share(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ConfigurationError(f"{name} takes a number from 0 to 1, got {value!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lightning_interp.callbacks.base import ProbeMonitor, ProbeMonitorOptions
+from lightning_interp.callbacks.base import ProbeMonitor, ProbeMonitorOptions, check_share
 from lightning_interp.callbacks.captions import captions
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.explain import occlusion
@@ -88,8 +87,7 @@ class OcclusionMonitor(ProbeMonitor):
         super().__init__(method="occlusion", layer=None, target=target, method_options=chosen, **options)
         check_colormap(cmap)
         self.cmap = cmap
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-            raise ConfigurationError(f"alpha takes a number from 0 to 1, got {alpha!r}")
+        check_share("alpha", alpha)
         self.alpha = alpha
 
     def maps(self, trace: Trace, site: Site | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -109,10 +107,7 @@ class OcclusionMonitor(ProbeMonitor):
         heat = normalize_maps(spread(drops, boxes, (height, width)))
         tiles = side_by_side(overlay(pictures, heat, self.cmap, self.alpha), marked)
         said = [f"score drops by {float(each):.3g}" for each in finite.amax(1)]
-        shown = [
-            dataclasses.replace(each, lines=(*each.lines, text))
-            for each, text in zip(captions(seen, probe), said, strict=True)
-        ]
+        shown = captions(seen, probe, said)
         scale = ColorScale(self.cmap, "0", "max", "drop of the class score, each image by its own maximum")
         title = "the most damaging patch is marked"
         yield Picture(self.tag(self.method_name), tile_grid(tiles, shown, title=title, scale=scale))

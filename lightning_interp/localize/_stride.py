@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.guard import undisturbed
 from lightning_interp.layers import plain_name
+from lightning_interp.spatial import ATTENTIONS
 from lightning_interp.tokens import to_grid
 from lightning_interp.trace import Site, listening, run_until
 
@@ -75,28 +76,23 @@ def refine(model: nn.Module, images: Tensor, site: Site, output_stride: int) -> 
 
 def _strides(model: nn.Module, images: Tensor, site: Site) -> tuple[int, list[tuple[str, Any, int]], bool]:
     """The map's height; the layers that can make stride, each with the height that enters it; if there is attention."""
-    passed: list[tuple[str, Any, int]] = []
+    passed: dict[nn.Module, tuple[str, Any, int]] = {}  # by its first use
     watcher = _Watcher()
 
     def heard(name: str, module: nn.Module, output: Any) -> None:
         if watcher.entered.get(type(module).__name__) is not None:
-            passed.append((name, module, watcher.entered[type(module).__name__]))
+            passed.setdefault(module, (name, module, watcher.entered[type(module).__name__]))
 
     modules = {plain_name(name): each for name, each in model.named_modules() if type(each) in _STRIDED}
     with undisturbed(model), torch.no_grad(), listening(modules, heard), watcher:
         found = to_grid(run_until(model, images.clone(), site), (images.shape[2], images.shape[3]))
-    seen: set[int] = set()
-    once = [each for each in passed if id(each[1]) not in seen and not seen.add(id(each[1]))]  # type: ignore[func-returns-value]
-    return found.shape[2], once, watcher.attends
+    return found.shape[2], list(passed.values()), watcher.attends
 
 
 class _Watcher(TorchFunctionMode):
     """The height that entered the latest convolution and pooling, and whether anything attends."""
 
     _KINDS = {"conv2d": "Conv2d", "max_pool2d": "MaxPool2d", "avg_pool2d": "AvgPool2d"}  # noqa: RUF012
-    _ATTENTIONS = frozenset(
-        {"scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention", "softmax"}
-    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +103,7 @@ class _Watcher(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        self.attends |= name in self._ATTENTIONS
+        self.attends |= name in ATTENTIONS
         kind = self._KINDS.get(name.removeprefix("_"))
         if kind is not None and args and isinstance(args[0], Tensor) and args[0].ndim == 4:
             self.entered[kind] = args[0].shape[2]
