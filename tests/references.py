@@ -81,8 +81,10 @@ def eigencam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> T
         activations, _ = _layer(model, image, target, layer)
         places = activations.flatten(1).T.double()  # a row for each place
         centred = places - places.mean(0)
-        projected = centred @ torch.linalg.svd(centred).Vh[0]
-        if (projected * places.sum(1)).sum() < 0:
+        component = torch.linalg.svd(centred).Vh[0]
+        projected = centred @ component
+        strength = component.mean() * len(component) ** 0.5  # the cosine between it and all ones
+        if (strength if strength.abs() > 1e-3 else (projected**3).sum()) < 0:
             projected = -projected
         maps.append(projected.float().view(activations.shape[1:]))
     return torch.stack(maps)

@@ -12,6 +12,7 @@ from lightning_interp.trace import Site, Trace
 
 __all__ = ["ablationcam", "eigencam", "scorecam"]
 
+_LEAST_STRENGTH = 1e-3  # below it, rounding decides
 _MOST_ELEMENTS = 2**24  # of activations that are ablated in one pass: 64 MiB
 
 
@@ -23,7 +24,8 @@ def eigencam(trace: Trace, layer: Site) -> Tensor:
 
     with :math:`v` the first right singular vector of the places-by-channels matrix of centred activations, as in
     pytorch-grad-cam (the paper does not centre). A component has no sign of its own: the one is taken under which
-    strong activations are positive, :math:`\sum_{y, x} M(y, x) \sum_c A_c(y, x) \ge 0`.
+    strong activations are positive, :math:`\sum_c v_c \ge 0`, or, where activations are equally strong everywhere, as
+    those of a layer norm are, under which what stands out is, :math:`\sum_{y, x} M(y, x)^3 \ge 0`.
 
     Args:
         trace: Made by the call; see :class:`Explainer` for what a call takes. ``targets`` change nothing.
@@ -49,7 +51,6 @@ def eigencam(trace: Trace, layer: Site) -> Tensor:
     activations = trace.activations(layer)
     # In double: the squares of the smaller side's matrix have half the digits.
     centred = activations.flatten(2).double()
-    total = centred.sum(1)
     centred = centred - centred.mean(2, keepdim=True)
     if centred.shape[1] < centred.shape[2]:
         component = torch.linalg.eigh(centred @ centred.mT).eigenvectors[..., -1]
@@ -57,8 +58,10 @@ def eigencam(trace: Trace, layer: Site) -> Tensor:
     else:
         variances, components = torch.linalg.eigh(centred.mT @ centred)
         maps = components[..., -1] * variances[:, -1:].clamp(min=0).sqrt()
-    sign = torch.where((maps * total).sum(1, keepdim=True) < 0, -1, 1)
-    return (maps * sign).view(len(maps), *activations.shape[2:])
+    strength = torch.einsum("np,ncp->n", maps, centred) / maps.square().sum(1)  # the component's entries, summed
+    is_clear = strength.abs() > _LEAST_STRENGTH * centred.shape[1] ** 0.5  # of the most it can be
+    sign = torch.where(torch.where(is_clear, strength, maps.pow(3).sum(1)) < 0, -1, 1)
+    return (maps * sign[:, None]).view(len(maps), *activations.shape[2:])
 
 
 @explainer(layer="activations")

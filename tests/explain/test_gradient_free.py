@@ -58,6 +58,24 @@ def test_eigencam_is_the_same_for_more_places_than_channels() -> None:
         )
 
 
+def test_eigencams_sign_is_no_chance_where_activations_are_equally_strong_everywhere() -> None:
+    # A layer norm makes every place's channels sum to zero, so that their sum says nothing.
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 2)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(self.norm(images.movedim(1, -1)).mean((1, 2)))
+
+    model, images = Normed(), torch.randn(1, 8, 6, 6) * 0.1
+    images[:, 0] += 1
+    images[:, :2, 2, 3] = torch.tensor([-9.0, 3.0])  # one place stands out
+    for noise in torch.randn(20, 1, 8, 6, 6) * 1e-6:
+        maps = eigencam(model, images + noise, layer="norm", upsample=False)
+        assert int(maps.flatten().argmax()) == 2 * 6 + 3
+
+
 def test_eigencams_sign_follows_the_activations_and_targets_change_nothing() -> None:
     kind = animal("resnet")
     site = locate(kind.model, "layer3")
