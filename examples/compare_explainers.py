@@ -103,8 +103,8 @@ def strongest_units(model: SqueezeNet, images: Tensor) -> Tensor:
 def drawn(method: str, maps: Tensor, pictures: Tensor) -> Tensor:
     """(N, H, W) maps as (N, H, W, 3) uint8 tiles."""
     if method in COARSE:
-        # RISE's maps are mean scores, of which only the differences between places say anything.
-        return overlay(pictures, normalize_maps(maps, "min_max" if method == "rise" else "relu"), "jet", 0.5)
+        scale = "min_max" if getattr(explain, method).relative else "relu"
+        return overlay(pictures, normalize_maps(maps, scale), "jet", 0.5)
     # A few hot pixels would leave the rest black; but of a single unit that is all there is.
     percentile = None if method == "deconvnet" else 99.0
     return colorize(normalize_maps(maps, "max_abs", percentile=percentile), "inferno")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -19,9 +19,10 @@ from lightning_interp.guard import undisturbed
 from lightning_interp.outputs import Predict, checked_images, first_tensor, output_logits, run_model
 from lightning_interp.tokens import to_grid
 
-__all__ = ["Site", "Targets", "Trace", "listening", "replacing", "run_until"]
+__all__ = ["Site", "Targets", "Trace", "Under", "listening", "replacing", "run_until"]
 
 Targets = int | Tensor | Callable[[Any], Tensor] | None
+Under = Callable[[], AbstractContextManager[Any]]
 
 _IMAGES_AT_ONCE = 16  # where an image must be run again for each of many tensors
 
@@ -62,6 +63,8 @@ class Trace:
         input_gradients: Whether the gradient towards the images is wanted.
         predict: How to run the model, ``predict(model, images)``; None calls it.
         offset: Where ``images`` start in the batch they were cut from.
+        under: Makes a context that the pass, and all that is asked of the look, happens in; what it gives is
+            ``mode``.
 
     Raises:
         ConfigurationError: If images or targets do not fit the contract, a layer did not run, or the model ran
@@ -88,11 +91,14 @@ class Trace:
         input_gradients: bool = False,
         predict: Predict | None = None,
         offset: int = 0,
+        under: Under | None = None,
     ) -> None:
         self.model = model
         self.images = checked_images(images)
         self.predict = predict
         self.offset = offset
+        self.under = under
+        self.mode: Any = None
         self._asked = targets
         self._sites = dict(layers or {})
         self._wants_inputs = input_gradients
@@ -106,6 +112,8 @@ class Trace:
     def __enter__(self) -> Trace:
         with ExitStack() as stack:
             stack.enter_context(undisturbed(self.model))
+            if self.under is not None:
+                self.mode = stack.enter_context(self.under())
             self._run(stack)
             self._stack = stack.pop_all()
         return self
@@ -115,7 +123,7 @@ class Trace:
     ) -> None:
         self._kept.clear()
         self._gradients.clear()
-        self._leaf = None
+        self._leaf = self.mode = None
         self._outputs.clear()
         self._stack.__exit__(kind, error, traceback)
 
@@ -199,6 +207,18 @@ class Trace:
             targets = targets[rows.to(targets.device)]
         return Trace(
             self.model, images, targets, input_gradients=input_gradients, predict=self.predict, offset=self.offset
+        )
+
+    def within(self, under: Under, *, input_gradients: bool = False) -> Trace:
+        """The same look once more, in another context, which must leave the model's output as it is."""
+        return Trace(
+            self.model,
+            self.images,
+            self._asked,
+            input_gradients=input_gradients,
+            predict=self.predict,
+            offset=self.offset,
+            under=under,
         )
 
     def activations(self, layer: Site) -> Tensor:

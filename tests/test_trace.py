@@ -3,7 +3,8 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -192,6 +193,30 @@ def test_again_looks_at_changed_images_of_the_same_targets(model: Net) -> None:
         assert other.offset == 3
     with unchanged(model):
         pass
+
+
+def test_a_look_lives_within_its_context(model: Net) -> None:
+    said = []
+
+    @contextmanager
+    def context() -> Iterator[str]:
+        said.append("in")
+        try:
+            yield "what it gives"
+        finally:
+            said.append("out")
+
+    with Trace(model, IMAGES, 2, offset=3) as trace:
+        assert (trace.under, trace.mode, trace.asked) == (None, None, 2)
+        with trace.within(context, input_gradients=True) as look:
+            assert (look.under, look.mode, look.asked, look.offset) == (context, "what it gives", 2, 3)
+            assert look.input_gradients().shape == IMAGES.shape
+            assert said == ["in"]
+    assert said == ["in", "out"]
+    assert look.mode is None
+    with pytest.raises(ConfigurationError, match="target 77"), Trace(model, IMAGES, 77, under=context) as look:
+        look.scores  # noqa: B018
+    assert said == ["in", "out"] * 2
 
 
 # ---- what it leaves

@@ -353,8 +353,8 @@ class ProbeMonitor(Monitor):
 
     @property
     def wants_input_gradients(self) -> bool:
-        """Whether the method needs the gradient towards the images."""
-        return isinstance(self.method, Explainer) and self.method.inputs
+        """Whether the method needs the gradient towards the images, of a plain pass."""
+        return isinstance(self.method, Explainer) and self.method.inputs and self.method.under is None
 
     def check(self, module: LightningModule) -> None:
         """Raise where the layer does not exist."""

@@ -80,10 +80,9 @@ class CAMMonitor(ProbeMonitor):
 
     def draw(self, seen: Mapping[str, Tensor], probe: Probe) -> Iterator[Picture]:
         """One grid of all images."""
-        # RISE's maps are mean scores, of which only the differences between places say anything.
-        differs = self.method is explain.rise
-        heat = normalize_maps(seen["maps"], "min_max" if differs else "relu")
+        relative = isinstance(self.method, explain.Explainer) and self.method.relative
+        heat = normalize_maps(seen["maps"], "min_max" if relative else "relu")
         tiles = overlay(enlarge(probe.to_display()), heat, self.cmap, self.alpha)
-        own = "each image from its own minimum to its maximum" if differs else "each image by its own maximum"
-        scale = ColorScale(self.cmap, "min" if differs else "0", "max", f"{self.method_name}, {own}")
+        own = "each image from its own minimum to its maximum" if relative else "each image by its own maximum"
+        scale = ColorScale(self.cmap, "min" if relative else "0", "max", f"{self.method_name}, {own}")
         yield Picture(self.tag(self.method_name), tile_grid(tiles, captions(seen, probe), scale=scale))

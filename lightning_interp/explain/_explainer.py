@@ -16,7 +16,7 @@ from lightning_interp.errors import ConfigurationError
 from lightning_interp.guard import undisturbed
 from lightning_interp.outputs import Predict, checked_images
 from lightning_interp.spatial import locate
-from lightning_interp.trace import Site, Targets, Trace
+from lightning_interp.trace import Site, Targets, Trace, Under
 
 __all__ = ["Explainer", "explainer"]
 
@@ -52,6 +52,8 @@ class Explainer:
         layer: Literal["activations", "gradients"] | None,
         inputs: bool,
         coarse: bool,
+        under: Under | None,
+        relative: bool,
     ) -> None:
         functools.update_wrapper(self, function)
         self.name: str = function.__name__
@@ -59,6 +61,8 @@ class Explainer:
         self.layer = layer
         self.inputs = inputs
         self.coarse = coarse
+        self.under = under
+        self.relative = relative
         own = list(inspect.signature(function).parameters.values())[1 if layer is None else 2 :]
         self.options = tuple(each.name for each in own)
         common = inspect.signature(self._call).parameters
@@ -129,6 +133,7 @@ class Explainer:
                     input_gradients=self.inputs,
                     predict=predict,
                     offset=start,
+                    under=self.under,
                 ) as trace:
                     if aim is not None:
                         trace.aim(aim)  # checked, though some methods are the same for all targets
@@ -157,7 +162,8 @@ class Explainer:
         """The maps of one open Trace, which was made for what this method needs.
 
         Args:
-            trace: The look at the model.
+            trace: The look at the model; a method that looks under a context of its own takes a look more where this
+                one is not.
             site: The layer, where the method needs one.
             upsample: Whether maps of a layer are resized to the images.
             **options: What the method takes.
@@ -165,6 +171,9 @@ class Explainer:
         Returns:
             (N, H, W) float32 on the images' device.
         """
+        if self.under is not None and trace.under is not self.under:
+            with trace.within(self.under, input_gradients=self.inputs) as look:
+                return self.on(look, upsample=upsample, **options)
         if site is None:
             maps = self.function(trace, **options)
         else:
@@ -215,7 +224,12 @@ def _joined(parts: list[Any]) -> Any:
 
 
 def explainer(
-    *, layer: Literal["activations", "gradients"] | None = None, inputs: bool = False, coarse: bool | None = None
+    *,
+    layer: Literal["activations", "gradients"] | None = None,
+    inputs: bool = False,
+    coarse: bool | None = None,
+    under: Under | None = None,
+    relative: bool = False,
 ) -> Callable[[Callable[..., Any]], Explainer]:
     """Make an explainer of a definition, ``function(trace, [layer,] **options) -> maps``.
 
@@ -223,9 +237,12 @@ def explainer(
         layer: Whether it needs a layer's activations, or its gradients, too.
         inputs: Whether it needs the gradient towards the images.
         coarse: Whether its maps are resized to the images unless ``upsample=False``; None: those of layers are.
+        under: Makes the context that its pass runs in, for a method without a layer; the Trace's ``mode`` is what it
+            gives.
+        relative: Whether its maps have no zero: only the differences between places say anything.
 
     Returns:
         The decorator.
     """
     resized = layer is not None if coarse is None else coarse
-    return lambda function: Explainer(function, layer, inputs, resized)
+    return lambda function: Explainer(function, layer, inputs, resized, under, relative)

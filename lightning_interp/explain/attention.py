@@ -12,7 +12,6 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.explain._explainer import explainer
-from lightning_interp.outputs import run_model
 from lightning_interp.tokens import layout_of, to_grid
 from lightning_interp.trace import Trace
 
@@ -25,7 +24,38 @@ _FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@explainer(coarse=True)
+class _AttentionTap(TorchFunctionMode):
+    """Keeps the attention probabilities of a pass, however attention is called; the pass gives what it gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "multi_head_attention_forward":
+            return self._packed(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if name == "scaled_dot_product_attention":
+            self.found.append(_probabilities(func, *args, **kwargs))
+        elif name == "softmax" and result.ndim == 4 and result.shape[-1] == result.shape[-2] > 1:
+            self.found.append(result.detach())
+        return result
+
+    def _packed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``nn.MultiheadAttention``, whose projections happen inside: asked for its weights."""
+        given = inspect.signature(func).bind(*args, **kwargs).arguments
+        output, weights = func(**given | {"need_weights": True, "average_attn_weights": False})
+        self.found.append(weights.detach())
+        if not given.get("need_weights", True):
+            return output, None
+        return output, weights.mean(1) if given.get("average_attn_weights", True) else weights
+
+
+@explainer(coarse=True, under=_AttentionTap)
 def attention_rollout(
     trace: Trace,
     *,
@@ -40,7 +70,7 @@ def attention_rollout(
 
     with :math:`A_l` (T, T) the attention probabilities of layer l, fused over its heads, :math:`I` the residual
     connection, and each row normalised to sum to one. It knows the attention only, not what is done with it, so it is
-    the same for every target. Takes a forward pass of its own, in which nothing of the model is replaced.
+    the same for every target. It listens to one forward pass, in which nothing of the model is replaced.
 
     Args:
         trace: Made by the call; see :class:`Explainer` for what a call takes. ``targets`` change nothing.
@@ -103,55 +133,21 @@ def _without_smallest(attention: Tensor, share: float) -> Tensor:
 
 def _attentions(trace: Trace) -> list[Tensor]:
     """(N, heads, T, T) the probabilities of each layer, in order."""
-    model, images = trace.model, trace.images.detach().clone()
-    tap = _AttentionTap()
-    with torch.no_grad(), tap:
-        run_model(model, images, trace.predict)
-    if not tap.found:
+    model, images, found = trace.model, trace.images, trace.mode.found
+    if not found:
         raise ConfigurationError(
             f"{type(model).__name__} shows no attention between tokens; attention_rollout is for vision transformers; "
             "use gradcam, which works on every model"
         )
-    tokens = tap.found[0].shape[-1]
-    if any(each.ndim != 4 or (len(each), *each.shape[2:]) != (len(images), tokens, tokens) for each in tap.found):
-        shapes = ", ".join(dict.fromkeys(str(tuple(each.shape)) for each in tap.found))
+    tokens = found[0].shape[-1]
+    if any(each.ndim != 4 or (len(each), *each.shape[2:]) != (len(images), tokens, tokens) for each in found):
+        shapes = ", ".join(dict.fromkeys(str(tuple(each.shape)) for each in found))
         raise ConfigurationError(
             f"the attention of {type(model).__name__} is not between the same tokens in all layers (windows, as in "
             f"Swin, pooling, or cross-attention), so it cannot be rolled out: expected ({len(images)}, heads, tokens, "
             f"tokens), got {shapes}; use gradcam, which works on every model"
         )
-    return tap.found
-
-
-class _AttentionTap(TorchFunctionMode):
-    """Keeps the attention probabilities of a pass, however attention is called; the pass gives what it gave."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[Tensor] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "multi_head_attention_forward":
-            return self._packed(func, args, kwargs)
-        result = func(*args, **kwargs)
-        if name == "scaled_dot_product_attention":
-            self.found.append(_probabilities(func, *args, **kwargs))
-        elif name == "softmax" and result.ndim == 4 and result.shape[-1] == result.shape[-2] > 1:
-            self.found.append(result.detach())
-        return result
-
-    def _packed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """``nn.MultiheadAttention``, whose projections happen inside: asked for its weights."""
-        given = inspect.signature(func).bind(*args, **kwargs).arguments
-        output, weights = func(**given | {"need_weights": True, "average_attn_weights": False})
-        self.found.append(weights.detach())
-        if not given.get("need_weights", True):
-            return output, None
-        return output, weights.mean(1) if given.get("average_attn_weights", True) else weights
+    return list(found)
 
 
 def _probabilities(attend: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:

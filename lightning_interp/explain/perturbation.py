@@ -175,7 +175,7 @@ def spread(drops: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return total / covering
 
 
-@explainer()
+@explainer(relative=True)
 def rise(
     trace: Trace,
     *,

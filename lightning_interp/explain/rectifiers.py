@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,7 +25,18 @@ __all__ = ["deconvnet", "guided_backprop", "guided_gradcam"]
 Rule = Literal["guided", "deconvnet"]
 
 
-@explainer(inputs=False)
+@contextmanager
+def _changed(rule: Rule) -> Iterator[_Rectifiers]:
+    """Change the way back through the rectifiers of forward passes that run inside, until their backward passes."""
+    # Checkpointed blocks run again in the backward pass: in this thread, where the change is known.
+    with torch.autograd.set_multithreading_enabled(False), _Rectifiers(rule) as rectifiers:
+        yield rectifiers
+
+
+_GUIDED, _DECONVNET = partial(_changed, "guided"), partial(_changed, "deconvnet")
+
+
+@explainer(inputs=True, under=_GUIDED)
 def guided_backprop(trace: Trace, *, channels: Channels = "max_abs") -> Tensor:
     r"""Guided backpropagation: the gradient, of which each rectifier lets only the positive part back.
 
@@ -56,10 +68,10 @@ def guided_backprop(trace: Trace, *, channels: Channels = "max_abs") -> Tensor:
     Reference:
         Springenberg et al., Striving for Simplicity: The All Convolutional Net, ICLR Workshop 2015.
     """
-    return reduce_channels(_class_gradients(trace, "guided"), channels)
+    return reduce_channels(_class_gradients(trace), channels)
 
 
-@explainer(inputs=False)
+@explainer(inputs=True, under=_DECONVNET)
 def deconvnet(
     trace: Trace, *, unit: tuple[str | torch.nn.Module, int] | None = None, channels: Channels = "max_abs"
 ) -> Tensor:
@@ -103,7 +115,7 @@ def deconvnet(
         Zeiler and Fergus, Visualizing and Understanding Convolutional Networks, ECCV 2014.
     """
     if unit is None:
-        return reduce_channels(_class_gradients(trace, "deconvnet"), channels)
+        return reduce_channels(_class_gradients(trace), channels)
     if trace.asked is not None:
         raise ConfigurationError("deconvnet projects a class score or a unit down; give targets or unit, not both")
     return reduce_channels(_projected(trace, unit), channels)
@@ -140,18 +152,18 @@ def guided_gradcam(trace: Trace, layer: Site, *, channels: Channels = "max_abs")
     """
     where = gradcam.function(trace, layer).relu()[:, None]
     where = interpolate(where, trace.images.shape[-2:], mode="bilinear", align_corners=False)
-    return reduce_channels(where.to(trace.images.device) * _class_gradients(trace, "guided"), channels)
+    with trace.within(_GUIDED, input_gradients=True) as look:
+        return reduce_channels(where.to(trace.images.device) * _class_gradients(look), channels)
 
 
-def _class_gradients(trace: Trace, rule: Rule) -> Tensor:
-    """(N, C, H, W) what comes back to the images from the class scores."""
-    with _changed(rule) as rectifiers, trace.again(trace.images) as look:
-        if not rectifiers.met:
-            raise ConfigurationError(
-                f"{type(trace.model).__name__} calls no rectifier (ReLU and its kin) whose gradient could be changed; "
-                "use saliency or smoothgrad"
-            )
-        return look.input_gradients()
+def _class_gradients(trace: Trace) -> Tensor:
+    """(N, C, H, W) what comes back to the images from the class scores, by the rule that the look is under."""
+    if not trace.mode.met:
+        raise ConfigurationError(
+            f"{type(trace.model).__name__} calls no rectifier (ReLU and its kin) whose gradient could be changed; "
+            "use saliency or smoothgrad"
+        )
+    return trace.input_gradients()
 
 
 def _projected(trace: Trace, unit: tuple[str | torch.nn.Module, int]) -> Tensor:
@@ -166,7 +178,7 @@ def _projected(trace: Trace, unit: tuple[str | torch.nn.Module, int]) -> Tensor:
         passed.append(tensor if tensor is None else tensor.clone())  # what follows may overwrite it
 
     images = trace.images.detach().clone().requires_grad_()
-    with _changed("deconvnet"), listening({name: module}, heard):
+    with listening({name: module}, heard):
         run_model(trace.model, images.clone(), trace.predict)
         if not passed or passed[-1] is None:
             raise ConfigurationError(f"the layer {name!r} gives no tensor in the model's forward pass; choose another")
@@ -179,14 +191,6 @@ def _projected(trace: Trace, unit: tuple[str | torch.nn.Module, int]) -> Tensor:
         # Its gradient, times its value, is what a map of zeros but for this value sends down.
         found = torch.autograd.grad(strongest, images, strongest.detach().relu(), allow_unused=True)[0]
     return torch.zeros_like(images) if found is None else found
-
-
-@contextmanager
-def _changed(rule: Rule) -> Iterator[_Rectifiers]:
-    """Change the way back through the rectifiers of forward passes that run inside, until their backward passes."""
-    # Checkpointed blocks run again in the backward pass: in this thread, where the change is known.
-    with torch.autograd.set_multithreading_enabled(False), _Rectifiers(rule) as rectifiers:
-        yield rectifiers
 
 
 class _Rectifiers(TorchFunctionMode):

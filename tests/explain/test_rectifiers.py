@@ -13,6 +13,8 @@ from torchvision import models
 
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.explain import deconvnet, guided_backprop, guided_gradcam, saliency
+from lightning_interp.spatial import locate
+from lightning_interp.trace import Trace
 from tests import references
 from tests.states import unchanged
 from tests.zoo import CLASSES, Net, animal
@@ -352,6 +354,18 @@ def test_the_last_call_of_a_layer_is_meant() -> None:
 def test_a_unit_of_a_layer_without_places() -> None:
     maps = deconvnet(Stack(), torch.rand(2, 3, 12, 12), unit=("head", 1))
     assert maps.shape == (2, 12, 12)
+
+
+@pytest.mark.parametrize(("explainer", "passes"), [(guided_backprop, 1), (deconvnet, 1), (guided_gradcam, 2)])
+def test_no_pass_is_run_twice(explainer: Any, passes: int) -> None:
+    model, images, ran = Stack(), torch.rand(2, 3, 12, 12), []
+    model.head.register_forward_hook(lambda *_: ran.append(1))
+    maps = explainer(model, images, 1)
+    sites = {locate(model, None, images): True} if explainer is guided_gradcam else {}
+    assert len(ran) == passes + len(sites)
+    # On a look that is shared with other methods, it takes its own.
+    with Trace(model, images, 1, layers=sites) as trace:
+        torch.testing.assert_close(explainer.on(trace, *sites), maps)
 
 
 @pytest.mark.parametrize("name", ["resnet", "vgg_bn", "densenet", "checkpointed"])
