@@ -28,7 +28,7 @@ from lightning_interp.render import Caption, colorize, normalize_maps, overlay, 
 SIZE = 224
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PHOTOGRAPHS = (0, 20, 35, 50)  # of the test split
-# Laid over the photograph, as they say where; the others are shown alone, as they say which pixels.
+# Laid over the photograph, as they say where; the others, which say which pixels, are shown alone, but for deconvnet.
 COARSE = (
     *("cam", "gradcam", "gradcam_plus_plus", "hirescam", "xgradcam", "layercam", "eigencam", "ablationcam", "scorecam"),
     *("occlusion", "rise"),
@@ -39,7 +39,7 @@ FINE = (
 )
 # Two methods of each photograph stand in a row of tiles this wide.
 TILE = 144
-UNIT_LAYER = 5
+UNIT_LAYER = 10
 SMALL = {
     "smoothgrad": {"n_samples": 2},
     "vargrad": {"n_samples": 2},
@@ -94,8 +94,7 @@ def strongest_units(model: SqueezeNet, images: Tensor) -> Tensor:
     for image in images.split(1):
         with torch.no_grad():
             answers = model.features[: UNIT_LAYER + 1](image)[0]
-        strongest, inside = answers.amax((1, 2)), answers[:, 2:-2, 2:-2].amax((1, 2))
-        unit = int(strongest.where(inside == strongest, 0).argmax())  # some answer to the border only
+        unit = int(answers.amax((1, 2)).argmax())
         maps.append(explain.deconvnet(model, image, unit=(f"features.{UNIT_LAYER}", unit), channels="max_abs"))
     return torch.cat(maps)
 
@@ -106,8 +105,12 @@ def drawn(method: str, maps: Tensor, pictures: Tensor) -> Tensor:
         scale = "min_max" if getattr(explain, method).relative else "relu"
         return overlay(pictures, normalize_maps(maps, scale), "jet", 0.5)
     # A few hot pixels would leave the rest black; but of a single unit that is all there is.
-    percentile = None if method == "deconvnet" else 99.0
-    return colorize(normalize_maps(maps, "max_abs", percentile=percentile), "inferno")
+    heat = normalize_maps(maps, "max_abs", percentile=99.9 if method == "deconvnet" else 99.0)
+    colors = colorize(heat, "inferno")
+    if method != "deconvnet":
+        return colors
+    dimmed = 0.35 * pictures  # of the rest of the photograph it says nothing
+    return (dimmed + heat[..., None] * (colors - dimmed)).to(torch.uint8)
 
 
 def pretrained(weights: Path | None) -> SqueezeNet:
