@@ -132,10 +132,15 @@ def _keep_module(module: nn.Module) -> Callable[[], None]:
     kept = {
         name: value.copy()
         for name in _DICTIONARIES
-        if name not in left and (value := module.__dict__.get(name)) is not None
+        # A scripted module shows views of what it keeps, which nothing can be taken out of.
+        if name not in left and isinstance(value := module.__dict__.get(name), (dict, set))
     }
 
+    training = module.training  # no plain attribute of a scripted module
+
     def restore() -> None:
+        if module.training is not training:
+            module.training = training
         for name in module.__dict__.keys() - attributes.keys() - set(_DICTIONARIES):
             del module.__dict__[name]
         for name, value in attributes.items():

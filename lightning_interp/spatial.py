@@ -6,9 +6,10 @@ have said all they had to, and those that enter the last attention, which are th
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
+from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from lightning_interp.layers import find_layer, layer_name, original, plain_name
 from lightning_interp.outputs import Predict, checked_images, output_logits, run_model
 from lightning_interp.trace import Site, listening
 
-__all__ = ["ATTENTIONS", "locate", "locate_features", "locate_last_convolution"]
+__all__ = ["ATTENTIONS", "locate", "locate_features", "locate_last_convolution", "structure_of"]
 
 
 def locate(
@@ -60,17 +61,28 @@ def locate(
         return Site(layer_name(model, module), module, use=use)
     if images is None:
         raise ConfigurationError("to find the last spatial layer, locate needs images")
-    structure = (checked_images(images).shape[1:], *map(id, model.modules()))
-    known = _last_spatial.get(model)
-    if predict is None and known is not None and known[0] == structure:
-        return known[1]
+    structure = (checked_images(images).shape[1:], structure_of(model))
+    if predict is None and (known := _remembered(model, structure)) is not None:
+        return known
     watcher = _watched(model, images[:1], predict)
     site = watcher.attended or watcher.found
     if site is None:
         raise _nowhere(model)
     if predict is None:
-        _last_spatial[model] = (structure, site)
+        found = None if site.module is None else weakref.ref(site.module)
+        _last_spatial[model] = (structure, replace(site, module=None), found)
     return site
+
+
+def structure_of(model: nn.Module) -> tuple[Any, ...]:
+    """What decides the way through a model, as far as is seen: its modules, and the flags and names they hold."""
+    seen: list[Any] = []
+    for module in model.modules():
+        seen.append(id(module))
+        for name, value in module.__dict__.items():
+            if name != "training" and type(value) in (bool, str):
+                seen += [name, value]
+    return tuple(seen)
 
 
 def locate_features(model: nn.Module, images: Tensor) -> Site:
@@ -98,9 +110,21 @@ def locate_features(model: nn.Module, images: Tensor) -> Site:
     return found
 
 
-# Searching costs a forward pass of one image; the answer stays right while the model keeps its modules. With a
+# Searching costs a forward pass of one image; the answer stays right while the model keeps its structure. With a
 # ``predict`` it is searched anew: most are made for one call, and may hold the model, which then would never be freed.
-_last_spatial: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Site]] = WeakKeyDictionary()
+# For the same reason the module of the site, which may know the model, is held weakly.
+_Known = tuple[Any, Site, "weakref.ref[nn.Module] | None"]
+_last_spatial: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+
+
+def _remembered(model: nn.Module, structure: Any) -> Site | None:
+    known, site, module = _last_spatial.get(model, (None, None, None))
+    if site is None or known != structure:
+        return None
+    if module is None:
+        return site
+    alive = module()
+    return None if alive is None else replace(site, module=alive)
 
 
 def locate_last_convolution(model: nn.Module, images: Tensor) -> Site:
@@ -164,15 +188,26 @@ _ADVICE = "name a layer that gives (N, C, h, w) activations, or tokens, with lay
 def _watched(model: nn.Module, images: Tensor, predict: Predict | None) -> _PoolingWatcher:
     images = images.detach().clone()
     watcher = _PoolingWatcher(images)
-    modules = {plain_name(name): each for name, each in model.named_modules() if name and original(each) is each}
+    modules = {
+        plain_name(name): each
+        for name, each in model.named_modules()
+        if name and original(each) is each and not isinstance(each, torch.jit.ScriptModule)  # which takes no hook
+    }
     with undisturbed(model), torch.no_grad(), listening(modules, watcher.heard), watcher:
         output = run_model(model, images, predict)
-    if watcher.found is not None and output_logits(output).ndim > 2:
+    if watcher.found is not None and (logits := _logits_in(output)) is not None and logits.ndim > 2:
         raise ConfigurationError(
-            f"the output of {type(model).__name__} is itself spatial, {describe(output_logits(output))}, so there is "
-            f"no final pooling to start from; {_ADVICE}"
+            f"the output of {type(model).__name__} is itself spatial, {describe(logits)}, so there is no final pooling "
+            f"to start from; {_ADVICE}"
         )
     return watcher
+
+
+def _logits_in(output: Any) -> Tensor | None:
+    try:
+        return output_logits(output)
+    except ConfigurationError:
+        return None  # a callable may score what else it holds
 
 
 class _PoolingWatcher(TorchFunctionMode):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -20,7 +20,8 @@ def to_grid(activations: Tensor, image_size: tuple[int, int]) -> Tensor:
     Args:
         activations: (N, C, h, w), (N, h, w, C), or tokens (N, T, C) that start with those that have no place (class,
             distillation, registers) and go on row by row.
-        image_size: (H, W) of the images, whose aspect ratio the grid has.
+        image_size: (H, W) of the images, whose shape the grid has; where both (h, w) of (N, h, w, C) and the last two
+            dimensions have it, the last two are the grid.
 
     Returns:
         A view (N, C, h, w); ``activations`` themselves where they fit none of these.
@@ -68,9 +69,8 @@ def layout_of(activations: Tensor, image_size: tuple[int, int]) -> Layout:
     """
     shape, (height, width) = activations.shape, image_size
     if activations.ndim == 4:
-        first = abs(math.log(shape[2] * width / (shape[3] * height)))
-        last = abs(math.log(shape[1] * width / (shape[2] * height)))
-        return "channels_last" if last < first else "channels_first"
+        is_last = _is_grid(shape[1:3], image_size) and not _is_grid(shape[2:], image_size)
+        return "channels_last" if is_last else "channels_first"
     if activations.ndim != 3:
         return None
     fitting = [
@@ -79,6 +79,12 @@ def layout_of(activations: Tensor, image_size: tuple[int, int]) -> Layout:
         if 0 <= shape[1] - (grid := (height // patch) * (width // patch)) <= min(_MOST_PREFIX_TOKENS, grid - 1)
     ]
     return min(fitting)[1] if fitting else None
+
+
+def _is_grid(places: Sequence[int], image_size: tuple[int, int]) -> bool:
+    """Whether there are fewer places than pixels, as many along each side as its share, but for one."""
+    (rows, columns), (height, width) = places, image_size
+    return rows < height and columns < width and abs(rows * width - columns * height) <= max(height, width)
 
 
 def _cuts_off(patch: int, image_size: tuple[int, int]) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 
 from lightning_interp.errors import ConfigurationError, describe
 from lightning_interp.guard import undisturbed
@@ -134,9 +135,16 @@ class Trace:
 
     @property
     def logits(self) -> Tensor:
-        """(N, K) the class scores in the output."""
-        logits: Tensor = self._outputs[1]
-        return logits
+        """(N, K) the class scores in the output, where it holds any: a callable may read other things."""
+        if len(self._outputs) == 1:
+            logits = output_logits(self.output)
+            if len(logits) != len(self.images):
+                raise ConfigurationError(
+                    f"the model gave {len(logits)} outputs for {len(self.images)} images; expected one for each"
+                )
+            self._outputs.append(logits)
+        found: Tensor = self._outputs[1]
+        return found
 
     @property
     def asked(self) -> Targets:
@@ -259,7 +267,7 @@ class Trace:
             # The model may change in place what passes, and its images.
             with torch.no_grad(), replacing(site, lambda passing: given.clone()):
                 output = run_model(self.model, images.clone(), self.predict)
-            if len(output_logits(output)) != len(given):
+            if not callable(targets) and len(output_logits(output)) != len(given):
                 raise ConfigurationError(
                     f"the model gave {len(output_logits(output))} outputs for {len(given)} tensors at {layer.name!r}"
                 )
@@ -304,11 +312,7 @@ class Trace:
             output = run_model(self.model, images, self.predict)
         # Checkpointed blocks run again in the backward pass: the taps must act there, too, but keep nothing.
         self._recording = False
-        self._outputs += [output, output_logits(output)]
-        if len(self.logits) != len(images):
-            raise ConfigurationError(
-                f"the model gave {len(self.logits)} outputs for {len(images)} images; expected one for each"
-            )
+        self._outputs.append(output)
         for site, kept in self._kept.items():
             if not kept:
                 raise _never_ran(site)
@@ -392,6 +396,12 @@ class Trace:
                     raise ConfigurationError(
                         "the model checkpoints with use_reentrant=True, through which no gradient can be asked for; "
                         "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+                    ) from error
+                functions = [site.name for site in self._sites if site.module is None]
+                if functions and isinstance(error, CheckpointError):
+                    raise ConfigurationError(
+                        f"the layer {functions[0]!r} is a function inside a checkpointed block, which cannot be found "
+                        "again when the block runs once more for the gradient; name a module with layer=..."
                     ) from error
                 raise
         return dict(zip(wanted, found, strict=True))

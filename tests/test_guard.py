@@ -368,3 +368,14 @@ def test_hooks_that_run_inside_still_run(module: Module) -> None:
     with undisturbed(module):
         module.net(torch.rand(2, 3, 9, 9))
     assert len(seen) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_scripted_part_keeps_its_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(nn.BatchNorm2d(4)))
+    before = model[1].running_mean.clone()
+    with unchanged(model[0]), undisturbed(model):
+        assert not model[1].training
+        model(torch.rand(2, 3, 8, 8))
+    assert model[1].training
+    assert torch.equal(model[1].running_mean, before)

@@ -20,6 +20,10 @@ from lightning_interp.trace import Trace
         ((2, 7, 7, 96), (224, 224), "channels_last"),
         ((2, 7, 14, 96), (224, 448), "channels_last"),
         ((2, 7, 7, 7), (224, 224), "channels_first"),  # where both would do
+        ((2, 8, 10, 96), (230, 300), "channels_last"),  # patches of 32, the last ones padded
+        ((2, 55, 55, 48), (224, 224), "channels_last"),  # strides without padding
+        ((2, 48, 40, 25), (80, 200), "channels_first"),  # strides of their own along the width, as for spectrograms
+        ((2, 64, 64, 16), (64, 64), "channels_first"),
         ((2, 196, 8), (224, 224), 0),
         ((2, 197, 8), (224, 224), 1),
         ((2, 198, 8), (224, 224), 2),  # class and distillation

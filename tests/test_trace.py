@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
 from lightning_interp.errors import ConfigurationError
@@ -219,6 +220,35 @@ def test_a_look_lives_within_its_context(model: Net) -> None:
     assert said == ["in", "out"] * 2
 
 
+def test_a_flag_changes_the_way_and_the_last_layer_is_found_anew() -> None:
+    class Forked(nn.Module):
+        short = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, images: Tensor) -> Tensor:
+            maps = self.first(images)
+            return self.head((maps if self.short else self.second(maps)).mean((2, 3)))
+
+    model = Forked()
+    model.short = True
+    assert locate(model, None, IMAGES).name == "first"
+    model.short = False
+    assert locate(model, None, IMAGES).name == "second"
+
+
+def test_a_model_that_its_layers_know_is_freed() -> None:
+    model = Net()
+    model.second[1].parents = [model]  # type: ignore[assignment]
+    assert locate(model, None, IMAGES).module is model.second[1]
+    dead = weakref.ref(model)
+    del model
+    gc.collect()
+    assert dead() is None
+
+
 # ---- what it leaves
 
 
@@ -378,6 +408,26 @@ def _shortcut(model: Any, images: Tensor) -> Tensor:
     return model(images)
 
 
+def test_functions_inside_checkpointed_blocks() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def block(self, images: Tensor) -> Tensor:
+            return self.head(self.convolution(images).tanh().mean((2, 3)).tanh())
+
+        def forward(self, images: Tensor) -> Tensor:
+            return checkpoint(self.block, images, use_reentrant=False)
+
+    site = locate(model := Net(), None, IMAGES)
+    message = "'input of mean' is a function inside a checkpointed block"
+    with pytest.raises(ConfigurationError, match=message), Trace(model, IMAGES, 1, layers={site: True}) as trace:
+        trace.gradients(site)
+    with Trace(model, IMAGES, 1, layers={(site := locate(model, "convolution")): True}) as trace:
+        assert trace.gradients(site).any()
+
+
 def test_layers_under_no_grad(model: Net) -> None:
     with (
         pytest.raises(ConfigurationError, match=r"'second' runs without gradients inside .*\(torch.no_grad"),
@@ -389,9 +439,9 @@ def test_layers_under_no_grad(model: Net) -> None:
 def test_outputs_of_another_length(model: Net) -> None:
     with (
         pytest.raises(ConfigurationError, match="the model gave 1 outputs for 4 images; expected one for each"),
-        Trace(model, IMAGES, predict=lambda model, images: model(images)[:1]),
+        Trace(model, IMAGES, predict=lambda model, images: model(images)[:1]) as trace,
     ):
-        pass
+        trace.logits  # noqa: B018
 
 
 def test_an_error_of_the_users_own_is_not_disguised() -> None:

@@ -27,7 +27,7 @@ from lightning_interp.probe import Probe
 from lightning_interp.records import Record
 from lightning_interp.shards import recover, reshard
 from lightning_interp.sinks import BackgroundWriter, Sink
-from lightning_interp.spatial import locate
+from lightning_interp.spatial import locate, structure_of
 from lightning_interp.trace import Site, Trace
 
 if TYPE_CHECKING:
@@ -458,11 +458,11 @@ class Session:
         return self._forwards[predict]
 
     def _site(self, monitor: ProbeMonitor, module: LightningModule, images: Tensor) -> Site | None:
-        """A monitor's layer. Searching costs a forward pass; the answer holds while the model keeps its modules."""
+        """A monitor's layer. Searching costs a forward pass; the answer holds while the model keeps its structure."""
         if not monitor.wants_layer:
             return None
         layer, _ = monitor.where(module)
-        key = (layer, monitor.predict, images.shape[1:], *map(id, module.modules()))
+        key = (layer, monitor.predict, images.shape[1:], structure_of(module))
         if key not in self._sites:
             self._sites[key] = locate(module, layer, images, predict=self._forward(monitor.predict))
         return self._sites[key]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from lightning_interp.errors import ConfigurationError
+from lightning_interp.errors import ConfigurationError, describe
 from lightning_interp.guard import undisturbed
 from lightning_interp.outputs import Predict, checked_images
 from lightning_interp.spatial import locate
@@ -28,7 +28,7 @@ class Explainer:
         model: Any module; it is left exactly as it was found.
         images: (N, C, H, W) floating, as the model takes them.
         targets: None (each image's predicted class), an int, int64 (N,), or a callable from the model's output to
-            scores (N,). The score of a class is its logit.
+            scores (N,), each from its own row of the output. The score of a class is its logit.
         layer: A module, its dotted name, or None: the tensor that enters the final pooling or flattening; in a
             transformer with a class token, the tokens that enter the last attention. A list stands for several layers
             at once: the map of each is rectified, divided by its maximum and resized, and their mean is returned.
@@ -67,6 +67,7 @@ class Explainer:
         self.options = tuple(each.name for each in own)
         common = inspect.signature(self._call).parameters
         hidden = set() if layer is not None else {"layer", "use", "reshape"}
+        self._defaults = {name: common[name].default for name in hidden}
         hidden |= {"options"} if coarse else {"options", "upsample"}
         shown = [each for name, each in common.items() if name not in hidden]
         last = [each for each in shown if each.kind is each.VAR_KEYWORD]
@@ -81,6 +82,11 @@ class Explainer:
         return f"<explainer {self.name}>"
 
     def __call__(self, model: nn.Module, images: Tensor, targets: Targets = None, **options: Any) -> Tensor:
+        for name, default in self._defaults.items():
+            if options.get(name, default) is not default:
+                raise ConfigurationError(
+                    f"{self.name} explains pixels and takes no {name}; leave {name}={options[name]!r} out"
+                )
         return self._call(model, images, targets, **options)
 
     def _call(
@@ -103,7 +109,10 @@ class Explainer:
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ConfigurationError(f"batch_size takes a positive integer or None, got {batch_size!r}")
         self.check(layer, options)
+        if use != -1 and layer is None:
+            raise ConfigurationError(f"use={use} is a call of the layer that is named; pass layer=, too")
         size = batch_size or len(images)
+        targets = _as_targets(targets)
         per_image = isinstance(targets, Tensor) and targets.ndim > 0
         if per_image and len(targets) != len(images):  # type: ignore[arg-type]
             raise ConfigurationError(
@@ -183,11 +192,29 @@ class Explainer:
                     f"the layer {site.name!r} gives activations {tuple(shape)}, which have no places in the image; "
                     "choose a layer that gives (N, C, h, w), or say how to make that of them with reshape="
                 )
+            if shape[0] != len(trace.images):
+                raise ConfigurationError(
+                    f"the layer {site.name!r} gives {shape[0]} maps for {len(trace.images)} images, expected one for "
+                    "each; pass batch_size=1 where it sees one image after another, or make one of several with reshape="
+                )
             maps = self.function(trace, site, **options)
         if self.coarse and upsample:
             maps = _resized(maps, trace.images.shape[-2:])
         finished: Tensor = _finished(maps, trace.images.device)
         return finished
+
+
+def _as_targets(targets: Any) -> Targets:
+    """Lists and arrays of classes as tensors."""
+    if targets is None or isinstance(targets, (int, Tensor)) or callable(targets):
+        return targets  # type: ignore[no-any-return]
+    try:
+        return torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigurationError(
+            "targets takes None, a class, int64 (N,) classes, or a callable from the output to scores (N,), got "
+            f"{describe(targets)}"
+        ) from None
 
 
 def _finished(found: Any, device: torch.device) -> Any:
@@ -211,7 +238,7 @@ def _listed(layer: object) -> tuple[list[Any], bool]:
 def _combined(maps: list[Tensor], size: torch.Size) -> Tensor:
     """The mean of several layers' maps, each rectified, divided by its own maximum, and resized."""
     rectified = [each.relu() for each in maps]
-    peaks = [each.amax((1, 2), keepdim=True) for each in rectified]
+    peaks = [each.amax(tuple(range(1, each.ndim)), keepdim=True) for each in rectified]
     parts = [_resized(each / peak.where(peak > 0, 1), size) for each, peak in zip(rectified, peaks, strict=True)]
     return torch.stack(parts).mean(0)
 
