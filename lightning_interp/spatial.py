@@ -75,12 +75,13 @@ def locate(
 
 
 def structure_of(model: nn.Module) -> tuple[Any, ...]:
-    """What decides the way through a model, as far as is seen: its modules, and the flags and names they hold."""
+    """What decides the way through a model, as far as is seen: its modules, and the flags and names they show."""
     seen: list[Any] = []
     for module in model.modules():
         seen.append(id(module))
         for name, value in module.__dict__.items():
-            if name != "training" and type(value) in (bool, str):
+            # Private ones are the books that Lightning and metrics keep; the mode is always eval here.
+            if type(value) in (bool, str) and name != "training" and not name.startswith("_"):
                 seen += [name, value]
     return tuple(seen)
 
