@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ __all__ = ["preserved_streams", "undisturbed"]
 _guarded: ContextVar[frozenset[int]] = ContextVar("_guarded", default=frozenset())
 
 # What a module keeps in dictionaries: hooks of every kind, and the entries that could be rebound.
-_DICTIONARIES = (
+_DICTIONARIES = {
     "_parameters",
     "_buffers",
     "_modules",
@@ -36,7 +36,7 @@ _DICTIONARIES = (
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
-)
+}
 # FSDP2 adds its own to these at its first forward pass, which may be ours, and never again.
 _STATE_DICT_HOOKS = frozenset({"_state_dict_pre_hooks", "_load_state_dict_pre_hooks"})
 
@@ -64,17 +64,17 @@ def undisturbed(module: nn.Module, *, parameters: bool = False) -> Iterator[None
         >>> (model.training, model[1].training, model[0].weight.requires_grad)
         (True, True, True)
     """
-    modules = list(module.modules())
-    if _guarded.get().issuperset(map(id, modules)):
+    if id(module) in _guarded.get():  # and with it all that it holds
         yield
         return
+    modules = list(module.modules())
     with ExitStack() as stack:
         reshard(modules)  # the parameters that an optimiser knows, not those that a pass gathered
         # Enter the contexts first: what is restored below must be restored under the caller's own grad mode.
         token = _guarded.set(_guarded.get() | {id(each) for each in modules})
         stack.callback(_guarded.reset, token)
         stack.enter_context(preserved_streams())
-        for restore in _snapshots(module, modules, parameters):
+        for restore in _snapshots(modules, parameters):
             stack.callback(restore)
         stack.callback(reshard, modules)
         stack.enter_context(torch.inference_mode(False))
@@ -82,14 +82,14 @@ def undisturbed(module: nn.Module, *, parameters: bool = False) -> Iterator[None
         for each in modules:
             # Not .eval(): users override train() and eval(), and those may do more than set the flag.
             each.training = False
-            if callable(getattr(each, "log", None)) and hasattr(each, "_current_fx_name"):
+            if hasattr(type(each), "log") and hasattr(each, "_current_fx_name"):
                 _mute(each)
         for each in modules:
             # Made in validation, say: no gradient passes through such a tensor, and none may be changed in place.
             for name, buffer in each._buffers.items():
                 if buffer is not None and buffer.is_inference():
                     each._buffers[name] = buffer.clone()
-        for parameter in module.parameters():
+        for parameter in _held(modules, "_parameters"):
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
             if parameter.grad is not None:
@@ -113,11 +113,16 @@ def preserved_streams() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def _snapshots(module: nn.Module, modules: list[nn.Module], parameters: bool) -> Iterator[Callable[[], None]]:
+def _held(modules: list[nn.Module], kind: Literal["_parameters", "_buffers"]) -> list[Any]:
+    """What modules hold themselves, each as often as it is held; quicker than to look for doubles."""
+    return [each for module in modules for each in getattr(module, kind).values() if each is not None]
+
+
+def _snapshots(modules: list[nn.Module], parameters: bool) -> Iterator[Callable[[], None]]:
     """What puts each kind of state back."""
-    yield _keep_values(list(module.parameters()) if parameters else [])
-    yield _keep_values(list(module.buffers()))
-    yield _keep_gradients(list(module.parameters()))
+    yield _keep_values(_held(modules, "_parameters") if parameters else [])
+    yield _keep_values(_held(modules, "_buffers"))
+    yield _keep_gradients(_held(modules, "_parameters"))
     for each in modules:
         if _is_metric(each):
             yield _keep_metric(each)  # put back after the module's attributes, whose tensors it may change in place
@@ -125,29 +130,30 @@ def _snapshots(module: nn.Module, modules: list[nn.Module], parameters: bool) ->
 
 
 def _keep_module(module: nn.Module) -> Callable[[], None]:
+    own, training = module.__dict__, module.training  # which is no plain attribute of a scripted module
     sharded = any(each is not None and piece(each) is not each for each in module._parameters.values())
     left = _STATE_DICT_HOOKS if sharded else frozenset()
     # Plain attributes, too: the mode, counters, and what a forward pass stashes, which would keep its graph alive.
-    attributes = {name: value for name, value in module.__dict__.items() if name not in _DICTIONARIES}
+    attributes = {name: value for name, value in own.items() if name not in _DICTIONARIES}
     kept = {
-        name: value.copy()
-        for name in _DICTIONARIES
+        name: value.copy() if value else {}
+        for name, value in own.items()
         # A scripted module shows views of what it keeps, which nothing can be taken out of.
-        if name not in left and isinstance(value := module.__dict__.get(name), (dict, set))
+        if name in _DICTIONARIES and name not in left and isinstance(value, (dict, set))
     }
-
-    training = module.training  # no plain attribute of a scripted module
 
     def restore() -> None:
         if module.training is not training:
             module.training = training
-        for name in module.__dict__.keys() - attributes.keys() - set(_DICTIONARIES):
-            del module.__dict__[name]
+        for name in [each for each in own if each not in attributes and each not in _DICTIONARIES]:
+            del own[name]
         for name, value in attributes.items():
-            if name not in module.__dict__ or module.__dict__[name] is not value:
-                module.__dict__[name] = value
+            if name not in own or own[name] is not value:
+                own[name] = value
         for name, before in kept.items():
-            now = module.__dict__[name]
+            now = own[name]
+            if not now and not before:
+                continue
             # Compared by identity of the entries: comparing tensors would compare their values.
             if list(now) != list(before) or (
                 isinstance(before, dict) and any(now[key] is not before[key] for key in before)

@@ -289,9 +289,9 @@ def test_entering_again_does_nothing(module: Module, monkeypatch: pytest.MonkeyP
     snapshots: list[nn.Module] = []
     real = guard._snapshots
 
-    def counted(module: nn.Module, *rest: Any) -> Any:
-        snapshots.append(module)
-        return real(module, *rest)
+    def counted(modules: list[nn.Module], *rest: Any) -> Any:
+        snapshots.append(modules[0])
+        return real(modules, *rest)
 
     monkeypatch.setattr(guard, "_snapshots", counted)
     with unchanged(module), undisturbed(module):
