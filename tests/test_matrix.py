@@ -9,11 +9,7 @@ import functools
 import itertools
 import json
 import logging
-import os
 import random
-import signal
-import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,6 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from lightning_interp import CAMMonitor, guard
+from tests.processes import play
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{words}") for words in matrix.LIGHTNINGS_OWN]
 
@@ -143,25 +140,7 @@ def events(file: Path) -> dict[tuple[str, int], int]:
 
 def played(folder: Path, cases: list[tuple[str, str]]) -> dict[str, Any]:
     """What two processes found in these cases: for each and for each rank, the differences and the steps looked at."""
-    here = Path(__file__).parent
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "PYTEST"))}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, str(here / "matrix_two_processes.py"), str(folder), json.dumps(cases)],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"the processes hung\n{output[-6000:]}")
-    assert process.returncode == 0, output[-6000:]
+    play(Path(__file__).with_name("matrix_two_processes.py"), folder, json.dumps(cases), timeout=240)
     return {name: each for rank in (0, 1) for name, each in json.loads((folder / f"{rank}.json").read_text()).items()}
 
 

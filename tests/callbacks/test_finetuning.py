@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
-import os
-import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -27,6 +24,7 @@ from lightning_interp import _lightning
 from lightning_interp.callbacks.finetuning import GAPHeadFinetuning
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.localize import GAPClassifier
+from tests.processes import play
 
 Configure = Callable[[Any], Any]
 
@@ -671,27 +669,7 @@ def test_fine_tuning_learns() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("ddp")
-    here = Path(__file__).parent
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "PYTEST"))}
-    paths = os.pathsep.join([str(here), str(here.parents[1])])
-    process = subprocess.Popen(
-        [sys.executable, str(here / "finetuning_processes.py"), str(found)],
-        cwd=found,
-        env=environment | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"the processes hung\n{output[-6000:]}")
-    assert process.returncode == 0, output[-6000:]
-    return found
+    return play(Path(__file__).with_name("finetuning_processes.py"), tmp_path_factory.mktemp("ddp"))
 
 
 def two(folder: Path, scene: str) -> tuple[Any, Any]:

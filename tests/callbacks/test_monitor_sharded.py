@@ -8,7 +8,6 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,48 +22,19 @@ from lightning_interp import NormMonitor, default_monitors
 from lightning_interp.callbacks import reading
 from lightning_interp.distributed import obstacle
 from lightning_interp.sinks import MemorySink
+from tests.processes import finish, play, start
 
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated"),
 ]
-HERE = Path(__file__).parent
-
-
-def start(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    paths = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "PYTEST"))}
-    with (folder / "output").open("w") as output:
-        return subprocess.Popen(
-            [sys.executable, *launcher, str(HERE / "sharded_processes.py"), str(folder), *arguments],
-            cwd=folder,
-            env=environment | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-
-def finish(process: subprocess.Popen[str], folder: Path, timeout: float = 120) -> tuple[int, str]:
-    """How it ended, and what it said; nothing of it is left."""
-    try:
-        code = process.wait(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"the processes hung\n{(folder / 'output').read_text()[-6000:]}")
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return code, (folder / "output").read_text()[-6000:]
+SCRIPT = Path(__file__).with_name("sharded_processes.py")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both processes left what they saw."""
-    found = tmp_path_factory.mktemp("sharded")
-    code, output = finish(start(found), found)
-    assert code == 0, output
-    return found
+    return play(SCRIPT, tmp_path_factory.mktemp("sharded"))
 
 
 def seen(folder: Path, scene: str) -> tuple[Any, Any]:
@@ -169,8 +139,7 @@ def test_where_the_schedule_says_no_nobody_talks(folder: Path, how: str) -> None
 
 @pytest.mark.matrix
 def test_processes_that_are_spawned(tmp_path: Path) -> None:
-    code, output = finish(start(tmp_path, "spawned"), tmp_path)
-    assert code == 0, output
+    play(SCRIPT, tmp_path, "spawned")
     (file,) = tmp_path.rglob("events.out*")
     assert [event.step for event in read_events(file.parent).Images("cam/gradcam")] == [0, 1]
 
@@ -178,7 +147,7 @@ def test_processes_that_are_spawned(tmp_path: Path) -> None:
 @pytest.mark.matrix
 def test_one_device_under_torchrun(tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
-    code, output = finish(start(tmp_path, "torchrun", launcher=launcher), tmp_path)
+    code, output = finish(start(SCRIPT, tmp_path, "torchrun", launcher=launcher), tmp_path)
     assert code == 0, output
     (file,) = tmp_path.rglob("events.out*")
     assert [event.step for event in read_events(file.parent).Images("cam/gradcam")] == [0, 2]
@@ -187,7 +156,7 @@ def test_one_device_under_torchrun(tmp_path: Path) -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("how", ["terminated", "terminated_elsewhere", "interrupted"])
 def test_a_stop_on_one_rank_leaves_readable_logs(tmp_path: Path, how: str) -> None:
-    process = start(tmp_path, how)
+    process = start(SCRIPT, tmp_path, how)
     try:
         process.wait(timeout=25)
     except subprocess.TimeoutExpired:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ from runs import read_events
 
 from lightning_interp.callbacks import reading
 from lightning_interp.distributed import Ranks
+from tests.processes import play
 
 pytestmark = pytest.mark.distributed
 PICTURES = {"cam/gradcam", "saliency/saliency", "filters/net.0"}
@@ -26,27 +23,7 @@ PICTURES = {"cam/gradcam", "saliency/saliency", "filters/net.0"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both processes left what they saw."""
-    found = tmp_path_factory.mktemp("ddp")
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parents[1])])
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "PYTEST"))}
-    process = subprocess.Popen(
-        [sys.executable, str(here / "two_processes.py"), str(found)],
-        cwd=found,
-        env=environment | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=180)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"the processes hung\n{output[-6000:]}")
-    assert process.returncode == 0, output[-6000:]
-    return found
+    return play(Path(__file__).with_name("two_processes.py"), tmp_path_factory.mktemp("ddp"))
 
 
 def seen(folder: Path, scene: str) -> tuple[Any, Any]:
