@@ -293,11 +293,12 @@ def rise(
         height, width = image.shape[1:]
         cell_height, cell_width = math.ceil(height / grid), math.ceil(width / grid)
         total, shown = torch.zeros(height, width), torch.zeros(height, width)
-        for _ in range(n_masks):
-            cells = (torch.rand(grid + 1, grid + 1, generator=stream) < p).float()
-            top = int(torch.randint(cell_height, (), generator=stream))
-            left = int(torch.randint(cell_width, (), generator=stream))
-            size = ((grid + 1) * cell_height, (grid + 1) * cell_width)
+        drawn = torch.rand(n_masks, grid, grid, generator=stream)
+        tops = torch.randint(cell_height, (n_masks,), generator=stream).tolist()
+        lefts = torch.randint(cell_width, (n_masks,), generator=stream).tolist()
+        for values, top, left in zip(drawn, tops, lefts, strict=True):
+            cells = (values < p).float()
+            size = ((grid + 1) * cell_height, (grid + 1) * cell_width)  # the paper's (h + 1) C_H x (w + 1) C_W
             mask = nn.functional.interpolate(cells[None, None], size, mode="bilinear")[0, 0]
             mask = mask[top : top + height, left : left + width]
             total += _score_of(model, image * mask, target) * mask

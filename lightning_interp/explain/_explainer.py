@@ -195,7 +195,7 @@ class Explainer:
             if shape[0] != len(trace.images):
                 raise ConfigurationError(
                     f"the layer {site.name!r} gives {shape[0]} maps for {len(trace.images)} images, expected one for "
-                    "each; pass batch_size=1 where it sees one image after another, or make one of several with reshape="
+                    "each; pass batch_size=1 where it sees them one by one, or make one of several with reshape="
                 )
             maps = self.function(trace, site, **options)
         if self.coarse and upsample:

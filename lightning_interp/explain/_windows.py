@@ -6,6 +6,7 @@ little of a patch. Whatever is not known to keep changes local is computed in fu
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -142,9 +143,12 @@ class Windowed(Tensor):
 
     @classmethod
     def _of(cls, windows: _Windows) -> Windowed:
-        # What passes by the functions below sees no number, rather than a wrong one.
-        shape = (len(windows.inside), *windows.base.shape[1:])
-        made = windows.inside.new_full((), torch.nan).expand(shape).as_subclass(cls)
+        inside = windows.inside
+        shape = (len(inside), *windows.base.shape[1:])
+        # Without memory; by its strides it is not contiguous, so that code in other languages must ask for a copy.
+        made = Tensor._make_wrapper_subclass(
+            cls, shape, strides=(0,) * len(shape), dtype=inside.dtype, device=inside.device
+        )
         made._windows, made._full = windows, None
         return made
 
@@ -166,10 +170,15 @@ class Windowed(Tensor):
         if name in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        local = _LOCAL.get(name)
-        if local is not None and (found := local(func, *args, **kwargs)) is not None:
-            return found
-        return func(*_whole(args), **_whole(kwargs))
+        found = _locally(name, func, args, kwargs)
+        return func(*_whole(args), **_whole(kwargs)) if found is None else found
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Scripted functions and compiled code in other languages pass by the functions that know windows.
+        raise RuntimeError(f"{func} asks for numbers, of which a tensor of windows has none before full()")
 
 
 _METADATA = frozenset({"shape", "dtype", "device", "ndim", "size", "dim", "requires_grad", "is_cuda", "layout"}) | {
@@ -197,6 +206,23 @@ def _state(value: Any) -> _Windows | None:
     if windows is None or windows.inside[0, 0].numel() > _LARGE * windows.base[0, 0].numel():
         return None
     return windows
+
+
+def _locally(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What a function changes within the windows; None where that is not known, or called in a way that is not."""
+    local = _LOCAL.get(name)
+    if local is None or "out" in kwargs:
+        return None
+    try:
+        _SIGNATURES[name].bind(func, *args, **kwargs)
+    except TypeError:
+        return None
+    return local(func, *args, **kwargs)
+
+
+def _itself(func: Any, tensor: Any) -> Tensor | None:
+    """A tensor that shares its values: without gradients the same one, as what changes in place must reach both."""
+    return None if _state(tensor) is None else cast(Windowed, tensor)
 
 
 def _value_by_value(func: Any, tensor: Any = None, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -309,15 +335,21 @@ def _average_pooled(
 
 
 def _normed(
-    func: Any, input: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, *args: Any,
-    **kwargs: Any,
-) -> Tensor | None:  # fmt: skip
+    func: Any,
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
     windows = _state(input)
-    training = args[0] if args else kwargs.get("training", False)
     if windows is None or training or running_mean is None:
         return None
-    rest = (running_mean, running_var, weight, bias, *args)
-    return Windowed._of(windows.each(lambda values: cast(Tensor, func(values, *rest, **kwargs))))
+    rest = (running_mean, running_var, weight, bias, training, momentum, eps)
+    return Windowed._of(windows.each(lambda values: cast(Tensor, func(values, *rest))))
 
 
 def _dropped(func: Any, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
@@ -327,7 +359,7 @@ def _dropped(func: Any, input: Any, p: float = 0.5, training: bool = True, inpla
 _ACTIVATIONS = {"relu", "relu6", "leaky_relu", "hardtanh", "silu", "gelu", "elu", "mish", "hardswish", "hardsigmoid"}
 _ACTIVATIONS |= {"sigmoid", "tanh", "clamp", "clamp_min", "clamp_max"}
 _ACTIVATIONS |= {name + "_" for name in _ACTIVATIONS}
-_OTHERS = {"detach", "clone", "contiguous", "to", "float", "div", "__truediv__", "__rmul__", "__radd__"}
+_OTHERS = {"clone", "contiguous", "to", "float", "div", "__truediv__", "__rmul__", "__radd__"}
 
 _LOCAL: dict[str, Callable[..., Tensor | None]] = {
     "conv2d": _convolved,
@@ -336,9 +368,11 @@ _LOCAL: dict[str, Callable[..., Tensor | None]] = {
     "batch_norm": _normed,
     "cat": _concatenated,
     "concat": _concatenated,
+    "detach": _itself,
     **dict.fromkeys(["dropout", "dropout2d"], _dropped),
     **dict.fromkeys(["add", "add_", "__add__", "__iadd__"], partial(_together, torch.add)),
     **dict.fromkeys(["sub", "sub_", "__sub__", "__isub__"], partial(_together, torch.sub)),
     **dict.fromkeys(["mul", "mul_", "__mul__", "__imul__"], partial(_together, torch.mul)),
     **dict.fromkeys(_ACTIVATIONS | _OTHERS, _value_by_value),
 }
+_SIGNATURES = {name: inspect.signature(local) for name, local in _LOCAL.items()}

@@ -22,7 +22,8 @@ def cam(trace: Trace, layer: Site) -> Tensor:
 
     .. math:: M_t(y, x) = \sum_c w_{tc} A_c(y, x), \qquad \text{logit}_t = b_t + \frac{1}{hw} \sum_{y, x} M_t(y, x)
 
-    The identity is checked on the model's own logits, so a map that is returned is right.
+    The identity is checked on the model's own logits, where these are finite and as far as their precision goes, so a
+    map that is returned is right.
 
     Args:
         trace: Made by the call; see :class:`Explainer` for what a call takes.
@@ -48,28 +49,36 @@ def cam(trace: Trace, layer: Site) -> Tensor:
     Reference:
         Zhou et al., Learning Deep Features for Discriminative Localization, CVPR 2016.
     """
-    activations, logits = trace.activations(layer).float(), trace.logits.detach().float()
     targets = trace.targets
-    if callable(targets) or logits.ndim != 2:
+    if callable(targets) or trace.logits.ndim != 2:
         raise ConfigurationError(
             "cam explains the classes of a GAP + linear head, not a callable's scores; use gradcam"
         )
-    pooled = activations.mean((2, 3))
+    activations, logits = trace.activations(layer).float(), trace.logits.detach().float()
     sign = (2 * targets - 1) if logits.shape[1] == 1 else torch.ones_like(targets)
     column = torch.zeros_like(targets) if logits.shape[1] == 1 else targets
-    # Half precision keeps three digits; a wrong head is wrong in the first.
-    exact = trace.logits.dtype == torch.float32 and trace.activations(layer).dtype == torch.float32
-    tolerance = (1e-4 if exact else 3e-2) * (1 + logits.abs().max())
-    if activations.shape[1] == logits.shape[1] and bool((pooled - logits).abs().max() <= tolerance):
-        chosen = activations.gather(1, column.view(-1, 1, 1, 1).expand(-1, 1, *activations.shape[2:]))[:, 0]
-        return chosen * sign.view(-1, 1, 1)
+    # Half precision, which stands in for float32 where that is allowed, keeps three digits; a wrong head is wrong in
+    # the first.
+    exact = {trace.logits.dtype, trace.activations(layer).dtype} <= {torch.float32, torch.float64}
+    exact = exact and torch.get_float32_matmul_precision() == "highest"
+    of_terms, of_sum = (1e-4, 1e-6) if exact else (3e-2, 1e-2)
+    pooled, strengths = activations.mean((2, 3)), activations.abs().mean((2, 3))
+
+    def are_logits(sums: Tensor, terms: Tensor) -> bool:
+        """Whether sums, whose terms add up to so much without their signs, are the logits where these are finite."""
+        near = (sums - logits).abs() <= of_terms * terms + of_sum * logits.abs()
+        return bool(near[logits.isfinite().all(1)].all())
+
     for head in linear_heads(trace.model):
         if (head.out_features, head.in_features) != (logits.shape[1], activations.shape[1]):
             continue
         weight = head.weight.detach().float()
-        rebuilt = pooled @ weight.T + (0 if head.bias is None else head.bias.detach().float())
-        if bool((rebuilt - logits).abs().max() <= tolerance):
+        sums = pooled @ weight.T + (0 if head.bias is None else head.bias.detach().float())
+        if are_logits(sums, strengths @ weight.abs().T):
             return torch.einsum("nc,nchw->nhw", weight[column] * sign[:, None], activations)
+    if activations.shape[1] == logits.shape[1] and are_logits(pooled, strengths):
+        chosen = activations.gather(1, column.view(-1, 1, 1, 1).expand(-1, 1, *activations.shape[2:]))[:, 0]
+        return chosen * sign.view(-1, 1, 1)
     raise ConfigurationError(
         f"{type(trace.model).__name__} has no head of global average pooling and one linear layer on {layer.name!r}, "
         "so it has no exact class activation map; use gradcam, which works on every model"

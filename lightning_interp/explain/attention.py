@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_interp.errors import ConfigurationError
+from lightning_interp.explain._checks import checked_number
 from lightning_interp.explain._explainer import explainer
 from lightning_interp.tokens import layout_of, to_grid
 from lightning_interp.trace import Trace
@@ -41,7 +42,7 @@ class _AttentionTap(TorchFunctionMode):
         result = func(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             self.found.append(_probabilities(func, *args, **kwargs))
-        elif name == "softmax" and result.ndim == 4 and result.shape[-1] == result.shape[-2] > 1:
+        elif name == "softmax" and _is_attention(result, *args, **kwargs):
             self.found.append(result.detach())
         return result
 
@@ -100,8 +101,8 @@ def attention_rollout(
     """
     if head_fusion not in _FUSIONS:
         raise ConfigurationError(f"head_fusion takes 'mean', 'max' or 'min', got {head_fusion!r}")
-    if isinstance(discard_ratio, bool) or not 0 <= discard_ratio < 1:
-        raise ConfigurationError(f"discard_ratio takes a share, at least 0 and less than 1, got {discard_ratio!r}")
+    takes = "a share, at least 0 and less than 1"
+    discard_ratio = checked_number("discard_ratio", discard_ratio, takes, lambda share: 0 <= share < 1)
     if query not in ("first", "mean", None):
         raise ConfigurationError(f"query takes 'first', 'mean' or None, got {query!r}")
     fused = [_FUSIONS[head_fusion](each.float()) for each in _attentions(trace)]
@@ -148,6 +149,11 @@ def _attentions(trace: Trace) -> list[Tensor]:
             f"tokens), got {shapes}; use gradcam, which works on every model"
         )
     return list(found)
+
+
+def _is_attention(result: Tensor, input: Tensor, dim: object = None, *args: object, **kwargs: object) -> bool:
+    """Whether a softmax is one of each token over all others, (N, heads, T, T)."""
+    return result.ndim == 4 and dim in (-1, 3) and result.shape[-1] == result.shape[-2] > 1
 
 
 def _probabilities(attend: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:

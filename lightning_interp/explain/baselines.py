@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_interp.errors import ConfigurationError, describe
+from lightning_interp.explain._checks import is_number
 from lightning_interp.trace import Trace
 
-__all__ = ["Baseline", "Baselines", "baseline_images", "streams"]
+__all__ = ["Baseline", "Baselines", "baseline_images", "draw", "streams"]
 
-Baseline = str | float | Tensor | None
+Baseline = str | float | Tensor | NDArray[Any] | None
 Baselines = Baseline | Sequence[Baseline]
 
 _NAMES = "'zeros', 'mean', 'blur', 'uniform' or 'noise'"
@@ -29,10 +33,16 @@ def streams(trace: Trace, generator: torch.Generator | None = None) -> list[torc
         One generator an image, on the CPU.
     """
     if generator is None:
-        seeds = torch.arange(trace.offset, trace.offset + len(trace.images))
+        seeds = list(range(trace.offset, trace.offset + len(trace.images)))
     else:
-        seeds = torch.randint(2**62, (len(trace.images),), generator=generator)
-    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+        seeds = torch.randint(2**62, (len(trace.images),), generator=generator, device="cpu").tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def draw(function: Callable[..., Tensor], size: Sequence[int], own: list[torch.Generator]) -> Tensor:
+    """What ``torch.rand`` or ``torch.randn`` draws for each image from its own stream, (N, *size) on the CPU."""
+    # Said, as another device may be the default.
+    return torch.stack([function(size, generator=stream, device="cpu") for stream in own])
 
 
 def baseline_images(trace: Trace, asked: Baselines, generator: torch.Generator | None = None) -> list[Tensor]:
@@ -40,7 +50,7 @@ def baseline_images(trace: Trace, asked: Baselines, generator: torch.Generator |
 
     Args:
         trace: The look.
-        asked: One baseline, or several: None, a name, a number, or a tensor that expands to the images.
+        asked: One baseline, or several: None, a name, a number, or a tensor or array that expands to the images.
         generator: Where random ones come from.
 
     Returns:
@@ -58,10 +68,10 @@ def baseline_images(trace: Trace, asked: Baselines, generator: torch.Generator |
 
 def _baseline(trace: Trace, asked: object, own: list[torch.Generator]) -> Tensor:
     images = trace.images
-    if isinstance(asked, Tensor):
-        return _given(trace, asked)
-    if isinstance(asked, (int, float)) and not isinstance(asked, bool):
-        return torch.full_like(images, asked)
+    if isinstance(asked, (Tensor, np.ndarray)):
+        return _given(trace, torch.as_tensor(asked))
+    if is_number(asked):
+        return torch.full_like(images, float(asked))
     if asked is None or asked == "zeros":
         return torch.zeros_like(images)
     if asked == "mean":
@@ -70,22 +80,25 @@ def _baseline(trace: Trace, asked: object, own: list[torch.Generator]) -> Tensor
         return _blurred(images)
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     if asked == "uniform":
-        drawn = torch.stack([torch.rand(images.shape[1:], generator=stream) for stream in own])
-        return low + (high - low) * drawn.to(images)
+        return low + (high - low) * draw(torch.rand, images.shape[1:], own).to(images)
     if asked == "noise":
-        drawn = torch.stack([torch.randn(images.shape[1:], generator=stream) for stream in own])
-        return images + (high - low) * drawn.to(images)
+        return images + (high - low) * draw(torch.randn, images.shape[1:], own).to(images)
     came = repr(asked) if isinstance(asked, str) else describe(asked)
     raise ConfigurationError(f"baselines takes None, {_NAMES}, a number, a tensor, or a list of these, got {came}")
 
 
 def _given(trace: Trace, baseline: Tensor) -> Tensor:
     """A tensor that was given for one image, or for all that the look's were cut from."""
-    images = trace.images
+    images, own = trace.images, baseline
     if baseline.ndim == 4 and len(baseline) > 1:
-        baseline = baseline[trace.offset : trace.offset + len(images)]
+        own = baseline[trace.offset : trace.offset + len(images)]
+        if len(own) != len(images):
+            raise ConfigurationError(
+                f"a baseline for each image, or one for all, is expected; got {len(baseline)} for at least "
+                f"{trace.offset + len(images)} images"
+            )
     try:
-        return baseline.detach().to(images).expand_as(images)
+        return own.detach().to(images).expand_as(images)
     except RuntimeError:
         raise ConfigurationError(
             f"a baseline is a tensor that expands to the images {tuple(images.shape)}, got {describe(baseline)}"

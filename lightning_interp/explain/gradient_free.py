@@ -7,12 +7,15 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from lightning_interp.errors import ConfigurationError
+from lightning_interp.explain._checks import checked_integer
 from lightning_interp.explain._explainer import explainer
 from lightning_interp.trace import Site, Trace
 
 __all__ = ["ablationcam", "eigencam", "scorecam"]
 
 _LEAST_STRENGTH = 1e-3  # below it, rounding decides
+_ROWS = {"cpu": 8}  # masked images in one pass of the model
+_MORE_ROWS = 64
 _MOST_ELEMENTS = 2**24  # of activations that are ablated in one pass: 64 MiB
 
 
@@ -32,7 +35,8 @@ def eigencam(trace: Trace, layer: Site) -> Tensor:
         layer: Any layer that gives (N, C, h, w) or tokens; None finds the last spatial one.
 
     Returns:
-        (N, H, W) float32, signed, resized to the images; (N, h, w) with ``upsample=False``.
+        (N, H, W) float32, signed, resized to the images; (N, h, w) with ``upsample=False``. NaN for an image whose
+        activations are not finite.
 
     Raises:
         ConfigurationError: If the model has no spatial layer.
@@ -49,8 +53,10 @@ def eigencam(trace: Trace, layer: Site) -> Tensor:
         Muhammad and Yeasin, Eigen-CAM: Class Activation Map using Principal Components, IJCNN 2020.
     """
     activations = trace.activations(layer)
-    # In double: the squares of the smaller side's matrix have half the digits.
-    centred = activations.flatten(2).double()
+    # In double: the squares of the smaller side's matrix have half the digits. An "mps" device has none.
+    values = (activations.cpu() if activations.device.type == "mps" else activations).flatten(2).double()
+    finite = values.isfinite().all((1, 2))
+    centred = values.where(finite[:, None, None], 0)  # one image must not fail all the others
     centred = centred - centred.mean(2, keepdim=True)
     if centred.shape[1] < centred.shape[2]:
         component = torch.linalg.eigh(centred @ centred.mT).eigenvectors[..., -1]
@@ -61,11 +67,12 @@ def eigencam(trace: Trace, layer: Site) -> Tensor:
     strength = torch.einsum("np,ncp->n", maps, centred) / maps.square().sum(1)  # the component's entries, summed
     is_clear = strength.abs() > _LEAST_STRENGTH * centred.shape[1] ** 0.5  # of the most it can be
     sign = torch.where(torch.where(is_clear, strength, maps.pow(3).sum(1)) < 0, -1, 1)
-    return (maps * sign[:, None]).view(len(maps), *activations.shape[2:])
+    maps = (maps * sign[:, None]).where(finite[:, None], torch.nan)
+    return maps.view(len(maps), *activations.shape[2:])
 
 
 @explainer(layer="activations")
-def scorecam(trace: Trace, layer: Site, *, n_channels: int | None = None, chunk_size: int = 8) -> Tensor:
+def scorecam(trace: Trace, layer: Site, *, n_channels: int | None = None, chunk_size: int | None = None) -> Tensor:
     r"""Score-CAM: activations weighted by the score that the image keeps where they mask it.
 
     .. math:: M(y, x) = \max\!\left(\sum_c w_c A_c(y, x), 0\right), \qquad w = \operatorname{softmax}_c\, s(I \odot H_c)
@@ -77,10 +84,11 @@ def scorecam(trace: Trace, layer: Site, *, n_channels: int | None = None, chunk_
     Takes a forward pass for each channel; ``n_channels`` bounds them.
 
     Args:
-        trace: Made by the call; see :class:`Explainer` for what a call takes.
+        trace: Made by the call; see :class:`Explainer` for what a call takes. A callable given as ``targets`` scores
+            each row of an output by itself.
         layer: Any layer that gives (N, C, h, w) or tokens; None finds the last spatial one.
         n_channels: Only so many channels of each image are used, those that vary most (Faster Score-CAM); None: all.
-        chunk_size: How many masked images are run at once.
+        chunk_size: How many masked images are run at once; None: 8 on a CPU, 64 elsewhere.
 
     Returns:
         (N, H, W) float32, not negative, resized to the images; (N, h, w) with ``upsample=False``.
@@ -100,9 +108,10 @@ def scorecam(trace: Trace, layer: Site, *, n_channels: int | None = None, chunk_
         Wang et al., Score-CAM: Score-Weighted Visual Explanations for Convolutional Neural Networks, CVPR Workshops
         2020.
     """
-    _check_positive("chunk_size", chunk_size)
+    rows = _ROWS.get(trace.images.device.type, _MORE_ROWS)
+    chunk_size = rows if chunk_size is None else checked_integer("chunk_size", chunk_size)
     if n_channels is not None:
-        _check_positive("n_channels", n_channels)
+        n_channels = checked_integer("n_channels", n_channels)
     activations = trace.activations(layer).float()
     scores = [_masked_scores(trace, maps, row, n_channels, chunk_size) for row, maps in enumerate(activations)]
     return torch.einsum("nc,nchw->nhw", torch.stack(scores).softmax(1), activations).relu()
@@ -136,7 +145,7 @@ def _scores(trace: Trace, images: Tensor, row: int) -> Tensor:
 
 
 def _look(trace: Trace, images: Tensor, row: int) -> Tensor:
-    rows = torch.full((len(images),), row)
+    rows = torch.full((len(images),), row, device=images.device)
     with trace.again(images, rows, input_gradients=False) as look:
         return look.scores.detach()
 
@@ -152,7 +161,8 @@ def ablationcam(trace: Trace, layer: Site, *, chunk_size: int | None = None) -> 
     before run once for each chunk, not for each channel.
 
     Args:
-        trace: Made by the call; see :class:`Explainer` for what a call takes.
+        trace: Made by the call; see :class:`Explainer` for what a call takes. A callable given as ``targets`` scores
+            each row of an output by itself.
         layer: Any layer that gives (N, C, h, w) or tokens; None finds the last spatial one.
         chunk_size: How many channels are ablated in one pass; None: as many as keep the layer's copies under 64 MiB.
 
@@ -174,9 +184,8 @@ def ablationcam(trace: Trace, layer: Site, *, chunk_size: int | None = None) -> 
         Localization, WACV 2020.
     """
     activations = trace.activations(layer).float()
-    if chunk_size is None:
-        chunk_size = max(1, _MOST_ELEMENTS // activations[0].numel())
-    _check_positive("chunk_size", chunk_size)
+    most = max(1, _MOST_ELEMENTS // activations[0].numel())
+    chunk_size = most if chunk_size is None else checked_integer("chunk_size", chunk_size)
     scores = trace.scores.detach()
     drops = [_drops(trace, layer, row, activations.shape[1], scores[row], chunk_size) for row in range(len(scores))]
     weights = torch.where(scores[:, None] == 0, 0, torch.stack(drops) / scores[:, None])
@@ -187,7 +196,9 @@ def _drops(trace: Trace, layer: Site, row: int, count: int, score: Tensor, chunk
     """(C,) what the score of one image loses without each channel."""
     passing = trace.passing(layer)
     grid = trace.activations(layer)
-    channels_first = passing.ndim == 4 and (passing.shape, passing.stride()) == (grid.shape, grid.stride())
+    # The same values, though the memory may be laid out otherwise; a view of itself is known without looking.
+    same_memory = (passing.data_ptr(), passing.stride()) == (grid.data_ptr(), grid.stride())
+    channels_first = passing.shape == grid.shape and (same_memory or torch.equal(passing, grid))
     own = passing[row] if channels_first else passing[row].movedim(-1, 0)  # (C, ...)
     if len(own) != count:
         raise ConfigurationError(
@@ -198,7 +209,7 @@ def _drops(trace: Trace, layer: Site, row: int, count: int, score: Tensor, chunk
     active = own.flatten(1).any(1).nonzero()[:, 0]  # the others are zero as it is
     for channels in _parts(active, chunk_size):
         ablated = own.expand(len(channels), *own.shape).clone()
-        ablated[torch.arange(len(channels)), channels] = 0
+        ablated[torch.arange(len(channels), device=channels.device), channels] = 0
         given = ablated if channels_first else ablated.movedim(1, -1)
         drops[channels] = score - trace.replayed(layer, given, row)
     return drops
@@ -206,8 +217,3 @@ def _drops(trace: Trace, layer: Site, row: int, count: int, score: Tensor, chunk
 
 def _parts(channels: Tensor, size: int) -> tuple[Tensor, ...]:
     return torch.split(channels, size) if len(channels) else ()  # nothing is split into one part that is empty
-
-
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name} takes a positive integer, got {value!r}")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_interp.errors import ConfigurationError
+from lightning_interp.explain._checks import checked_integer, checked_number
 from lightning_interp.explain._explainer import explainer
-from lightning_interp.explain.baselines import Baselines, baseline_images, streams
+from lightning_interp.explain.baselines import Baselines, baseline_images, draw, streams
 from lightning_interp.trace import Trace
 
 __all__ = ["input_x_gradient", "integrated_gradients", "saliency", "smoothgrad", "vargrad"]
@@ -48,6 +49,7 @@ def saliency(trace: Trace, *, channels: Channels = "max_abs") -> Tensor:
         Simonyan et al., Deep Inside Convolutional Networks: Visualising Image Classification Models and Saliency Maps,
         ICLR Workshop 2014.
     """
+    check_channels(channels)
     return reduce_channels(trace.input_gradients(), channels)
 
 
@@ -81,6 +83,7 @@ def input_x_gradient(trace: Trace, *, channels: Channels = "sum") -> Tensor:
         Shrikumar et al., Not Just a Black Box: Learning Important Features Through Propagating Activation Differences,
         2016.
     """
+    check_channels(channels)
     return reduce_channels(trace.images * trace.input_gradients(), channels)
 
 
@@ -99,6 +102,8 @@ def smoothgrad(
         \right|, \qquad \epsilon_i \sim \mathcal{N}(0, \sigma^2)
 
     with :math:`\sigma` a share of each image's own range. The target is chosen on the clean image.
+    Of each image 2 copies go through the model at once, elsewhere than on a CPU 16, and fewer where a pass would have
+    more than 8 or 64 images.
 
     Args:
         trace: Made by the call; see :class:`Explainer` for what a call takes.
@@ -124,6 +129,8 @@ def smoothgrad(
     Reference:
         Smilkov et al., SmoothGrad: removing noise by adding noise, 2017.
     """
+    check_channels(channels)
+    n_samples = checked_integer("n_samples", n_samples)
     total = torch.zeros_like(trace.images, dtype=torch.float32)
     for gradients in _gradients(trace, _noisy(trace, n_samples, noise_level, generator)):
         total += gradients
@@ -145,6 +152,8 @@ def vargrad(
         g_i = \frac{\partial s(I + \epsilon_i)}{\partial I}, \quad \epsilon_i \sim \mathcal{N}(0, \sigma^2)
 
     with :math:`\sigma` a share of each image's own range. The target is chosen on the clean image.
+    Of each image 2 copies go through the model at once, elsewhere than on a CPU 16, and fewer where a pass would have
+    more than 8 or 64 images.
 
     Args:
         trace: Made by the call; see :class:`Explainer` for what a call takes.
@@ -170,6 +179,8 @@ def vargrad(
         Adebayo et al., Local Explanation Methods for Deep Neural Networks Lack Sensitivity to Parameter Values, ICLR
         Workshop 2018.
     """
+    check_channels(channels)
+    n_samples = checked_integer("n_samples", n_samples)
     mean = torch.zeros_like(trace.images, dtype=torch.float32)
     squares = torch.zeros_like(mean)
     for count, gradients in enumerate(_gradients(trace, _noisy(trace, n_samples, noise_level, generator)), start=1):
@@ -195,7 +206,8 @@ def integrated_gradients(
     .. math:: M(y, x) = \sum_c (I_c - B_c)(y, x) \int_0^1 \frac{\partial s(B + \alpha (I - B))}{\partial I_c(y, x)}
         \, d\alpha, \qquad \sum_{y, x} M(y, x) = s(I) - s(B)
 
-    The steps are taken a few at a time, so that the memory does not grow with them.
+    The steps are taken 2 at a time, elsewhere than on a CPU 16, and fewer where a pass would have more than 8 or 64
+    images, so that the memory does not grow with them.
 
     Args:
         trace: Made by the call; see :class:`Explainer` for what a call takes.
@@ -228,6 +240,7 @@ def integrated_gradients(
         Sundararajan et al., Axiomatic Attribution for Deep Networks, ICML 2017; baselines: Sturmfels et al.,
         Visualizing the Impact of Feature Attribution Baselines, Distill 2020.
     """
+    check_channels(channels)
     points, weights = _quadrature(method, n_steps)
     images = trace.images
     attributions = torch.zeros_like(images, dtype=torch.float32)
@@ -249,9 +262,7 @@ def integrated_gradients(
 
 def _quadrature(method: str, n_steps: int) -> tuple[list[float], list[float]]:
     """Where in [0, 1] an integrand is looked at, and the weight of each look."""
-    least = 2 if method == "trapezoid" else 1
-    if not isinstance(n_steps, int) or n_steps < least:
-        raise ConfigurationError(f"n_steps takes an integer of at least {least}, got {n_steps!r}")
+    n_steps = checked_integer("n_steps", n_steps, least=2 if method == "trapezoid" else 1)
     if method == "gausslegendre":
         points, weights = np.polynomial.legendre.leggauss(n_steps)
         return ((points + 1) / 2).tolist(), (weights / 2).tolist()
@@ -265,42 +276,43 @@ def _quadrature(method: str, n_steps: int) -> tuple[list[float], list[float]]:
 
 def _noisy(trace: Trace, n_samples: int, noise_level: float, generator: torch.Generator | None) -> Iterator[Tensor]:
     """Noisy copies of all images, (N, C, H, W) each."""
-    if not isinstance(n_samples, int) or n_samples < 1:
-        raise ConfigurationError(f"n_samples takes a positive integer, got {n_samples!r}")
-    if not noise_level >= 0:
-        raise ConfigurationError(f"noise_level takes a share of the image's range, at least 0, got {noise_level!r}")
+    takes = "a share of the image's range, at least 0"
+    noise_level = checked_number("noise_level", noise_level, takes, lambda share: share >= 0)
     images = trace.images
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     sigma = noise_level * (high - low)
     own = streams(trace, generator)
     for _ in range(n_samples):
-        noise = torch.stack([torch.randn(images.shape[1:], generator=stream) for stream in own])
-        yield images + sigma * noise.to(images)
+        yield images + sigma * draw(torch.randn, images.shape[1:], own).to(images)
 
 
-# Copies of the images that go through the model together: a pass over one image does not fill a machine, but fifty at
-# once take over ten times the memory of two, and on a CPU no less time.
-_ROWS, _COPIES = 8, 2
+# Changed images in one pass of the model, and copies of each: a pass over one image does not fill a machine, but fifty
+# at once take over ten times the memory of two, and on a CPU no less time.
+_ROWS_AND_COPIES = {"cpu": (8, 2)}
+_MORE_ROWS_AND_COPIES = (64, 16)
 
 
 def _gradients(trace: Trace, changed: Iterable[Tensor]) -> Iterator[Tensor]:
     """The gradient at each of many copies of the images, (N, C, H, W) each, in memory for a few of them."""
     n = len(trace.images)
+    rows, most = _ROWS_AND_COPIES.get(trace.images.device.type, _MORE_ROWS_AND_COPIES)
     # A callable may score images by their place in the batch.
-    copies = 1 if callable(trace.targets) else max(1, min(_COPIES, _ROWS // n))
+    copies = 1 if callable(trace.targets) else max(1, min(most, rows // n))
     copies_left = iter(changed)
     while some := list(islice(copies_left, copies)):
-        with trace.again(torch.cat(some), torch.arange(n).repeat(len(some))) as look:
+        with trace.again(torch.cat(some), torch.arange(n, device=trace.images.device).repeat(len(some))) as look:
             found = look.input_gradients().float()
         yield from found.chunk(len(some))
+
+
+def check_channels(channels: object) -> None:
+    """Raise where :func:`reduce_channels` does not know a way: asked before the gradients are computed."""
+    if channels not in ("max_abs", "sum", None):
+        raise ConfigurationError(f"channels takes 'max_abs', 'sum' or None, got {channels!r}")
 
 
 def reduce_channels(gradients: Tensor, channels: Channels) -> Tensor:
     """(N, C, H, W) gradients to (N, H, W) maps."""
     if channels == "max_abs":
         return gradients.abs().amax(1)
-    if channels == "sum":
-        return gradients.sum(1)
-    if channels is None:
-        return gradients
-    raise ConfigurationError(f"channels takes 'max_abs', 'sum' or None, got {channels!r}")
+    return gradients.sum(1) if channels == "sum" else gradients

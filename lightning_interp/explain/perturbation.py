@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lightning_interp.errors import ConfigurationError
+from lightning_interp.errors import ConfigurationError, describe
+from lightning_interp.explain._checks import checked_integer, checked_number, is_integer, is_number
 from lightning_interp.explain._explainer import explainer
 from lightning_interp.explain._windows import Windowed
 from lightning_interp.explain.baselines import Baseline, baseline_images, streams
@@ -31,7 +33,7 @@ def occlusion(
     *,
     patch: Length | tuple[Length, Length] = 0.2,
     stride: Length | tuple[Length, Length] = 0.1,
-    fill: Baseline = None,
+    fill: Baseline | Sequence[float] = None,
     returns: Returns = "map",
 ) -> Tensor:
     r"""Occlusion: by how much the class score drops where a patch hides the image.
@@ -49,8 +51,9 @@ def occlusion(
             each row of an output by itself.
         patch: The patch's side, or (height, width): an int is in pixels, a float a share of the image's side.
         stride: How far apart the patches stand, in the same way; at most ``patch``.
-        fill: What is shown instead: None, each image's own channel means; a number; a tensor (C,) or one that expands
-            to (N, C, H, W); or ``"blur"`` and the others of :func:`integrated_gradients`' baselines.
+        fill: What is shown instead: None, each image's own channel means; a number, or C of them, one for each channel;
+            a tensor that expands to (N, C, H, W); or ``"blur"`` and the others of :func:`integrated_gradients`'
+            baselines.
         returns: ``"map"``, or what stands at each position of the patch, (N, rows, columns): ``"drop"`` of the score,
             ``"probability"`` of the target's class, or ``"predicted"``, the class (int64). Where the positions are
             is told by :func:`patch_starts`.
@@ -80,10 +83,7 @@ def occlusion(
     size = (_pixels("patch", patch, 0, height), _pixels("patch", patch, 1, width))
     tops, lefts = patch_starts((height, width), patch, stride)
     places = [(top, left) for top in tops for left in lefts]
-    if isinstance(fill, Tensor) and fill.ndim == 1:
-        fill = fill.view(-1, 1, 1)
-    filling = baseline_images(trace, "mean" if fill is None else fill)[0]
-    looks = _occluded(trace, filling, places, size, returns)
+    looks = _occluded(trace, _filling(trace, fill), places, size, returns)
     found = torch.cat(list(looks)).view(len(trace.images), len(tops), len(lefts))
     if returns in ("map", "drop"):
         found = trace.scores.detach()[:, None, None] - found
@@ -219,22 +219,21 @@ def rise(
     Reference:
         Petsiuk et al., RISE: Randomized Input Sampling for Explanation of Black-box Models, BMVC 2018.
     """
-    for name, value in (("n_masks", n_masks), ("grid", grid)):
-        if not isinstance(value, int) or value < 1:
-            raise ConfigurationError(f"{name} takes a positive integer, got {value!r}")
-    if not 0 < p <= 1:
-        raise ConfigurationError(f"p takes a share of open cells above 0, at most 1, got {p!r}")
+    n_masks, grid = checked_integer("n_masks", n_masks), checked_integer("grid", grid)
+    p = checked_number("p", p, "a share of open cells above 0, at most 1", lambda share: 0 < share <= 1)
     if score not in ("logit", "probability"):
         raise ConfigurationError(f"score takes 'logit' or 'probability', got {score!r}")
     images = trace.images
-    maps = torch.zeros(len(images), *images.shape[-2:], device=images.device)
+    size, rows = images.shape[-2:], _rows(trace)
+    maps = torch.zeros(len(images), *size, device=images.device)
     shown = torch.zeros_like(maps)
-    rows = _rows(trace)
     own = streams(trace, generator)
     with _progress(len(images) * n_masks, "rise") as progress:
         for number, stream in enumerate(own):
+            cells, shifts = _drawn(n_masks, grid, p, size, stream)
             for start in range(0, n_masks, rows):
-                masks = _masks(min(rows, n_masks - start), grid, p, images.shape[-2:], stream).to(images.device)
+                some = slice(start, start + rows)
+                masks = _masks(cells[some].to(images.device), shifts[some], size)
                 image = images[number] * masks[:, None].to(images.dtype)
                 seen = _seen(trace, image, number, "drop" if score == "logit" else "probability")
                 maps[number] += torch.einsum("n,nhw->hw", seen.to(masks), masks)
@@ -243,20 +242,40 @@ def rise(
     return maps / shown.clamp(min=torch.finfo(shown.dtype).tiny)
 
 
-def _masks(n: int, grid: int, p: float, size: Sequence[int], stream: torch.Generator) -> Tensor:
-    """(n, H, W) random masks between 0 and 1."""
+def _drawn(
+    n: int, grid: int, p: float, size: Sequence[int], stream: torch.Generator
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """The random masks of an image: (n, grid, grid) the cells, open ones being one, and their shifts."""
+    cells = (torch.rand(n, grid, grid, generator=stream, device="cpu") < p).float()
+    tops, lefts = (torch.randint(-(-side // grid), (n,), generator=stream, device="cpu").tolist() for side in size)
+    return cells, list(zip(tops, lefts, strict=True))
+
+
+def _masks(cells: Tensor, shifts: list[tuple[int, int]], size: Sequence[int]) -> Tensor:
+    """(n, H, W) masks between 0 and 1: cells enlarged and shifted."""
     height, width = size
-    cell = (-(-height // grid), -(-width // grid))
-    masks = []
-    for _ in range(n):
-        # One more cell than is seen, for the shift.
-        open_cells = (torch.rand(grid + 1, grid + 1, generator=stream) < p).float()
-        top, left = (int(torch.randint(side, (), generator=stream)) for side in cell)
-        large = interpolate(
-            open_cells[None, None], ((grid + 1) * cell[0], (grid + 1) * cell[1]), mode="bilinear", align_corners=False
-        )
-        masks.append(large[0, 0, top : top + height, left : left + width])
-    return torch.stack(masks)
+    grid = cells.shape[-1]
+    enlarged = [-(-side // grid) * (grid + 1) for side in size]  # by a cell more than is seen, for the shift
+    large = interpolate(cells[:, None], enlarged, mode="bilinear", align_corners=False)
+    shifted = [
+        mask[top : top + height, left : left + width] for mask, (top, left) in zip(large[:, 0], shifts, strict=True)
+    ]
+    return torch.stack(shifted)
+
+
+def _filling(trace: Trace, fill: Baseline | Sequence[float]) -> Tensor:
+    """(N, C, H, W) what is shown where the images are hidden."""
+    channels = trace.images.shape[1]
+    if isinstance(fill, (list, tuple)):
+        if len(fill) != channels or not all(map(is_number, fill)):
+            raise ConfigurationError(
+                f"fill takes a number, {channels} of them (one for each channel), a tensor, None, or the name of a "
+                f"baseline, got {describe(fill)}"
+            )
+        fill = torch.tensor([float(each) for each in fill])
+    if isinstance(fill, (Tensor, np.ndarray)) and fill.ndim == 1:
+        fill = torch.as_tensor(fill).view(-1, 1, 1)
+    return baseline_images(trace, "mean" if fill is None else fill)[0]
 
 
 def _occluded(
@@ -282,15 +301,20 @@ def _occluded(
 
 def _seen(trace: Trace, images: Tensor, number: int, returns: Returns) -> Tensor:
     """What the model says to changed copies of one image, (M,)."""
-    rows = torch.full((len(images),), number)
+    if isinstance(images, Windowed):
+        try:
+            return _said(trace, images, number, returns)
+        except RuntimeError:  # a part of the model asks for numbers past torch's functions; its own faults return
+            images = images.full()
+    return _said(trace, images, number, returns)
+
+
+def _said(trace: Trace, images: Tensor, number: int, returns: Returns) -> Tensor:
+    rows = torch.full((len(images),), number, device=images.device)
     with trace.again(images, rows, input_gradients=False) as look:
-        scored = returns in ("map", "drop")
-        logits = _plain(look.scores if scored else look.logits).float()
-        if isinstance(images, Windowed) and not bool(logits.isfinite().all()):
-            # A part of the model that is no torch function saw no numbers.
-            return _seen(trace, images.full(), number, returns)
-        if scored:
-            return logits
+        if returns in ("map", "drop"):
+            return _plain(look.scores).float()
+        logits = _plain(look.logits).float()
         if returns == "predicted":
             return _plain(look.aim(None))  # type: ignore[arg-type]
         targets = look.targets
@@ -310,9 +334,9 @@ def _plain(tensor: Tensor) -> Tensor:
 def _pixels(name: str, value: Any, axis: int, side: int) -> int:
     """A length along one side of the image."""
     given = value[axis] if isinstance(value, (tuple, list)) and len(value) == 2 else value
-    if isinstance(given, int) and not isinstance(given, bool) and 1 <= given <= side:
-        return given
-    if isinstance(given, float) and 0 < given <= 1:
+    if is_integer(given) and 1 <= given <= side:
+        return int(given)
+    if is_number(given) and not is_integer(given) and 0 < given <= 1:
         return max(1, round(given * side))
     raise ConfigurationError(
         f"{name} takes pixels (an int from 1 to the image's {side}) or a share of the side (a float above 0, at most "

@@ -13,9 +13,10 @@ from torch.nn.functional import interpolate
 from torch.overrides import TorchFunctionMode
 
 from lightning_interp.errors import ConfigurationError
+from lightning_interp.explain._checks import is_integer
 from lightning_interp.explain._explainer import explainer
 from lightning_interp.explain.activation_maps import gradcam
-from lightning_interp.explain.input_gradients import Channels, reduce_channels
+from lightning_interp.explain.input_gradients import Channels, check_channels, reduce_channels
 from lightning_interp.layers import find_layer, layer_name
 from lightning_interp.outputs import first_tensor, run_model
 from lightning_interp.trace import Site, Trace, listening
@@ -45,7 +46,8 @@ def guided_backprop(trace: Trace, *, channels: Channels = "max_abs") -> Tensor:
     .. math:: \max(g, 0) \, f'(x), \qquad \text{for ReLU: } g \cdot [g > 0] \cdot [x > 0]
 
     however the rectifier is called: as a module, one that branches share, a function, in place. ReLU6, LeakyReLU, PReLU
-    and the like keep their own slopes :math:`f'`. Sigmoids and softmax, which gate, keep their gradient.
+    and the like keep their own slopes :math:`f'`. Sigmoids (hard ones, too) and softmax, which gate, keep their
+    gradient, and so does a callable that is given as ``targets``.
 
     Args:
         trace: Made by the call; see :class:`Explainer` for what a call takes.
@@ -55,8 +57,8 @@ def guided_backprop(trace: Trace, *, channels: Channels = "max_abs") -> Tensor:
         (N, H, W) float32.
 
     Raises:
-        ConfigurationError: If the model has activations that are no rectifiers (GELU, SiLU, Hardswish), or has no
-            rectifiers: what remained would be the plain gradient.
+        ConfigurationError: If the model has activations that are no rectifiers (GELU, SiLU, Hardswish, tanh), or has
+            no rectifiers: what remained would be the plain gradient.
 
     Example:
         >>> import torch
@@ -68,6 +70,7 @@ def guided_backprop(trace: Trace, *, channels: Channels = "max_abs") -> Tensor:
     Reference:
         Springenberg et al., Striving for Simplicity: The All Convolutional Net, ICLR Workshop 2015.
     """
+    check_channels(channels)
     return reduce_channels(_class_gradients(trace), channels)
 
 
@@ -98,8 +101,8 @@ def deconvnet(
         (N, H, W) float32.
 
     Raises:
-        ConfigurationError: If the model has activations that are no rectifiers (GELU, SiLU, Hardswish), if a score's
-            way down has no rectifiers, or if both ``targets`` and ``unit`` are given.
+        ConfigurationError: If the model has activations that are no rectifiers (GELU, SiLU, Hardswish, tanh), if a
+            score's way down has no rectifiers, or if both ``targets`` and ``unit`` are given.
 
     Example:
         >>> import torch
@@ -114,6 +117,7 @@ def deconvnet(
     Reference:
         Zeiler and Fergus, Visualizing and Understanding Convolutional Networks, ECCV 2014.
     """
+    check_channels(channels)
     if unit is None:
         return reduce_channels(_class_gradients(trace), channels)
     if trace.asked is not None:
@@ -150,6 +154,7 @@ def guided_gradcam(trace: Trace, layer: Site, *, channels: Channels = "max_abs")
     Reference:
         Selvaraju et al., Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization, ICCV 2017.
     """
+    check_channels(channels)
     where = gradcam.function(trace, layer).relu()[:, None]
     where = interpolate(where, trace.images.shape[-2:], mode="bilinear", align_corners=False)
     with trace.within(_GUIDED, input_gradients=True) as look:
@@ -163,12 +168,15 @@ def _class_gradients(trace: Trace) -> Tensor:
             f"{type(trace.model).__name__} calls no rectifier (ReLU and its kin) whose gradient could be changed; "
             "use saliency or smoothgrad"
         )
+    asked = trace.asked
+    if callable(asked):
+        trace = trace.aimed(partial(trace.mode.unchanged, asked))
     return trace.input_gradients()
 
 
 def _projected(trace: Trace, unit: tuple[str | torch.nn.Module, int]) -> Tensor:
     """(N, C, H, W) what a unit's largest activation in each image comes down to."""
-    if not isinstance(unit, (tuple, list)) or len(unit) != 2 or not isinstance(unit[1], int):
+    if not isinstance(unit, (tuple, list)) or len(unit) != 2 or not is_integer(unit[1]):
         raise ConfigurationError(f"unit takes (layer, channel), got {unit!r}")
     module, channel = find_layer(trace.model, unit[0]), unit[1]
     name, passed = layer_name(trace.model, module), list[Any]()
@@ -187,7 +195,7 @@ def _projected(trace: Trace, unit: tuple[str | torch.nn.Module, int]) -> Tensor:
             raise ConfigurationError(
                 f"the layer {name!r} gives activations {tuple(activations.shape)}; there is no channel {channel}"
             )
-        strongest = activations[:, channel].reshape(len(images), -1).amax(1)
+        strongest = activations[:, channel].reshape(len(images), -1).max(1).values  # one, where several are equal
         # Its gradient, times its value, is what a map of zeros but for this value sends down.
         found = torch.autograd.grad(strongest, images, strongest.detach().relu(), allow_unused=True)[0]
     return torch.zeros_like(images) if found is None else found
@@ -204,23 +212,36 @@ class _Rectifiers(TorchFunctionMode):
         "clip": None,
     }  # by name: the bound's default
     _OTHERS = frozenset({"gelu", "silu", "hardswish", "mish", "elu", "selu", "celu", "softplus", "softsign", "glu"})
+    _OTHERS |= {"tanh", "hardtanh", "log_sigmoid", "tanhshrink", "softshrink", "hardshrink"}
 
     def __init__(self, rule: Rule) -> None:
         super().__init__()
         self.rule = rule
         self.met = 0
+        self.paused = False
+
+    def unchanged(self, function: Callable[[Any], Tensor], output: Any) -> Tensor:
+        """What a function that is no part of the model gives, with the gradient that it has."""
+        self.paused = True
+        try:
+            return function(output)
+        finally:
+            self.paused = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if self.paused:
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", "").strip("_")
-        if name in self._OTHERS:
+        is_rectifier = name in self._ALWAYS or (name in self._BOUNDED and self._starts_at_zero(name, args, kwargs))
+        if name in self._OTHERS and not is_rectifier:
             raise ConfigurationError(
                 f"the model's activation {name!r} is no rectifier, so this method says nothing of it; use saliency, "
                 "smoothgrad or integrated_gradients"
             )
-        if not (name in self._ALWAYS or (name in self._BOUNDED and self._starts_at_zero(name, args, kwargs))):
+        if not is_rectifier:
             return func(*args, **kwargs)
         self.met += 1
         entering = args[0] if args else kwargs.pop("input")

@@ -78,6 +78,79 @@ def test_a_wrong_head_is_not_used() -> None:
         cam(Net(), torch.rand(2, 3, 9, 9), 1, layer="first")
 
 
+class Square(Net):
+    """As many classes as channels, which the logits must not be taken for."""
+
+    def __init__(self) -> None:
+        super().__init__(classes=8)
+
+
+class Normed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.norm(self.features(images).mean((2, 3))))
+
+
+def shrunk(model: Net, factor: float) -> Net:
+    with torch.no_grad():
+        model.head.weight.mul_(factor)
+        model.head.bias.mul_(factor)
+    return model
+
+
+@pytest.mark.parametrize("factor", [1e-5, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_small_logits_are_no_class_maps(factor: float, dtype: torch.dtype) -> None:
+    model, images = shrunk(Square(), factor), torch.rand(2, 3, 9, 9, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.second.parameters():
+            parameter.mul_(1e-4)
+    model.to(dtype)
+    maps = cam(model, images, 1, upsample=False)
+    expected = torch.einsum("c,nchw->nhw", model.head.weight[1], model.eval().features(images)).detach()
+    torch.testing.assert_close(maps, expected.float(), atol=0, rtol=0.05 if dtype == torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_small_logits_do_not_hide_a_wrong_head(dtype: torch.dtype) -> None:
+    model, images = shrunk(Normed(), 1e-3).to(dtype), torch.rand(2, 3, 9, 9, dtype=dtype)
+    with pytest.raises(ConfigurationError, match="has no head of"):
+        cam(model, images, 1)
+
+
+class Moved(Net):
+    def forward(self, images: Tensor) -> Tensor:
+        return 1.01 * super().forward(images)
+
+
+def test_a_small_error_is_one_of_fast_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    assert cam(Moved(), torch.rand(2, 3, 9, 9), 1).any()
+
+
+def test_a_small_error_is_none_of_double_precision() -> None:
+    with pytest.raises(ConfigurationError, match="has no head of"):
+        cam(Moved().double(), torch.rand(2, 3, 9, 9).double(), 1)
+
+
+def test_an_image_that_is_not_finite_leaves_the_maps_of_others() -> None:
+    model, images = Net(), torch.rand(3, 3, 9, 9)
+    expected = cam(model, images, 1)
+    images[1] = torch.nan
+    maps = cam(model, images, 1)
+    torch.testing.assert_close(maps[::2], expected[::2])
+    assert maps[1].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["plain", "squeezenet"])
+def test_a_diverged_model_still_has_its_head(name: str) -> None:
+    kind = animal(name)
+    assert cam(kind.model, torch.full_like(kind.images(), torch.nan), 1).isnan().all()
+
+
 def test_cam_explains_classes_only() -> None:
     with pytest.raises(ConfigurationError, match="not a callable's scores; use gradcam"):
         cam(Net(), torch.rand(2, 3, 9, 9), lambda output: output[:, 0])

@@ -165,6 +165,20 @@ def test_every_softmax_is_seen(attend: Callable[[Tensor], Tensor]) -> None:
     )
 
 
+def test_a_softmax_over_channels_is_no_attention() -> None:
+    class Weighted(Attending):  # a map of weights that is square by chance
+        def forward(self, images: Tensor) -> Tensor:
+            weights = images[:, :, :17, :17]
+            weights.softmax(1), weights.softmax(dim=-2), F.softmax(weights, 2), torch.softmax(input=weights, dim=0)
+            return super().forward(images)
+
+    logits, images = torch.randn(2, 2, 17, 17), torch.ones(1, 3, 32, 32)
+    expected = attention_rollout(Attending(logits), images)
+    torch.testing.assert_close(attention_rollout(Weighted(logits), images), expected)
+    last = Attending(logits, lambda logits: torch.softmax(input=logits, dim=3))
+    torch.testing.assert_close(attention_rollout(last, images), expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}, {"mask": True}])
 def test_the_probabilities_of_fused_attention(options: dict[str, Any]) -> None:
     options = dict(options)
@@ -298,6 +312,7 @@ def test_tokens_that_form_no_grid() -> None:
         ({"head_fusion": "sum"}, "head_fusion takes 'mean', 'max' or 'min', got 'sum'"),
         ({"discard_ratio": 1.0}, r"discard_ratio takes a share, at least 0 and less than 1, got 1\.0"),
         ({"discard_ratio": -0.1}, "discard_ratio takes .*got -0.1"),
+        ({"discard_ratio": "a"}, "discard_ratio takes a share, at least 0 and less than 1, got 'a'"),
         ({"query": "last"}, "query takes 'first', 'mean' or None, got 'last'"),
         ({"layer": "encoder"}, "attention_rollout explains pixels and takes no layer"),
         ({"targets": 9}, "target 9 is out of range"),

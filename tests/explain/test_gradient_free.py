@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_grad_cam
 import torch
@@ -11,7 +12,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
 from lightning_interp.errors import ConfigurationError
-from lightning_interp.explain import ablationcam, eigencam, scorecam
+from lightning_interp.explain import ablationcam, eigencam, gradient_free, scorecam
 from lightning_interp.spatial import locate
 from lightning_interp.trace import Trace
 from tests import references
@@ -72,7 +73,7 @@ def test_eigencams_sign_is_no_chance_where_activations_are_equally_strong_everyw
     images[:, 0] += 1
     images[:, :2, 2, 3] = torch.tensor([-9.0, 3.0])  # one place stands out
     for noise in torch.randn(20, 1, 8, 6, 6) * 1e-6:
-        maps = eigencam(model, images + noise, layer="norm", upsample=False)
+        maps = eigencam(model, images + noise, layer="norm", reshape=lambda x: x.movedim(-1, 1), upsample=False)
         assert int(maps.flatten().argmax()) == 2 * 6 + 3
 
 
@@ -84,6 +85,18 @@ def test_eigencams_sign_follows_the_activations_and_targets_change_nothing() -> 
     maps = eigencam(kind.model, kind.images(), 0, layer="layer3", upsample=False)
     assert ((maps * strength).sum((1, 2)) > 0).all()
     assert torch.equal(maps, eigencam(kind.model, kind.images(), 2, layer="layer3", upsample=False))
+
+
+@pytest.mark.parametrize("layer", ["first.0", "second"])  # more places than channels, and fewer
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_one_image_that_is_not_finite_leaves_the_eigencams_of_others(layer: str, bad: float) -> None:
+    kind = animal("plain")
+    images = kind.images()
+    expected = eigencam(kind.model, images, layer=layer)
+    images[1] = bad
+    maps = eigencam(kind.model, images, layer=layer)
+    torch.testing.assert_close(maps[::2], expected[::2])
+    assert maps[1].isnan().all()
 
 
 # ---- Score-CAM
@@ -122,6 +135,26 @@ def test_scorecams_chunks_change_nothing_and_constant_channels_share_a_pass() ->
     torch.testing.assert_close(scorecam(model, images, 1, layer="second", chunk_size=2, upsample=False), whole)
     assert [n for n, _ in model.seen[1:]] == [1, 2, 2, 1] * 2
     torch.testing.assert_close(whole, references.scorecam(model, images, torch.tensor([1, 1]), "second"))
+
+
+def test_scorecam_fills_other_machines_with_more_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_free, "_ROWS", {})  # no machine is known
+    model, images = Counting(), torch.rand(2, 3, 9, 9)
+    with torch.no_grad():
+        model.second[0].bias.fill_(1)  # every channel varies
+        model.second[0].weight.mul_(0.1)
+    scorecam(model, images, 1, layer="second")
+    assert [n for n, _ in model.seen[1:]] == [8, 8]
+    monkeypatch.setattr(gradient_free, "_MORE_ROWS", 4)
+    scorecam(model, images, 1, layer="second")
+    assert [n for n, _ in model.seen[-4:]] == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("explainer", [scorecam, ablationcam], ids=lambda each: each.name)
+def test_a_callable_scores_each_row_by_itself(explainer: Any) -> None:
+    kind = animal("plain")
+    maps = explainer(kind.model, kind.images(), lambda output: output[:, 1])
+    torch.testing.assert_close(maps, explainer(kind.model, kind.images(), 1))
 
 
 def test_scorecam_of_a_model_that_views_its_activations() -> None:
@@ -189,6 +222,21 @@ def test_what_is_below_the_layer_runs_once_for_a_chunk(chunk_size: int | None) -
     torch.testing.assert_close(got, references.ablationcam(model, images, torch.tensor([1, 1]), "second"))
 
 
+def test_channels_are_ablated_however_they_lie_in_memory() -> None:
+    class Wide(Net):  # as many columns as channels
+        def features(self, images: Tensor) -> Tensor:
+            return super().features(images).contiguous(memory_format=torch.channels_last)
+
+    model, images = Wide(), torch.rand(2, 3, 9, 17)
+    model.second.append(nn.Identity())
+    expected = ablationcam(model, images, 1, layer="second.0", upsample=False)
+    assert expected.shape == (2, 4, 8)
+    model = model.to(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=torch.channels_last)
+    got = ablationcam(model, images, 1, layer="second.0", reshape=lambda t: t.contiguous(), upsample=False)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_layers_before_the_last_are_ablated() -> None:
     kind = animal("plain")
     expected = references.ablationcam(kind.model, kind.images(), TARGETS, "first")
@@ -249,6 +297,7 @@ def test_several_layers(explainer: Any) -> None:
     [
         (scorecam, {"n_channels": 0}, "n_channels takes a positive integer, got 0"),
         (scorecam, {"chunk_size": 1.5}, r"chunk_size takes a positive integer, got 1\.5"),
+        (scorecam, {"n_channels": True}, "n_channels takes a positive integer, got True"),
         (ablationcam, {"chunk_size": True}, "chunk_size takes a positive integer, got True"),
         (ablationcam, {"reshape": lambda x: x[:, :3]}, r"finds no channels to ablate in .*\(2, 8, 4, 4\): expected 3"),
     ],
@@ -256,3 +305,11 @@ def test_several_layers(explainer: Any) -> None:
 def test_options_out_of_range(explainer: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         explainer(Net(), torch.rand(2, 3, 9, 9), 1, **options)
+
+
+def test_numpys_integers_will_do() -> None:
+    kind = animal("plain")
+    got = scorecam(kind.model, kind.images(), 1, n_channels=np.int64(3), chunk_size=np.int32(2))
+    torch.testing.assert_close(got, scorecam(kind.model, kind.images(), 1, n_channels=3))
+    got = ablationcam(kind.model, kind.images(), 1, chunk_size=np.int64(2))
+    torch.testing.assert_close(got, ablationcam(kind.model, kind.images(), 1))

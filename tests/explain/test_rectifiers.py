@@ -227,18 +227,22 @@ def test_mobilenet_v2(explainer: Any) -> None:
 @pytest.mark.parametrize("explainer", [*METHODS, guided_gradcam])
 @pytest.mark.parametrize(
     ("activation", "called"),
-    [(nn.GELU(), "gelu"), (nn.SiLU(), "silu"), (nn.Hardswish(), "hardswish"), (nn.ELU(), "elu"), (nn.Mish(), "mish")],
+    [
+        *((nn.GELU(), "gelu"), (nn.SiLU(), "silu"), (nn.Hardswish(), "hardswish"), (nn.ELU(), "elu")),
+        *((nn.Mish(), "mish"), (nn.Tanh(), "tanh"), (nn.Hardtanh(), "hardtanh"), (nn.LogSigmoid(), "log_sigmoid")),
+        *((nn.Tanhshrink(), "tanhshrink"), (nn.Softshrink(), "softshrink"), (nn.Hardshrink(), "hardshrink")),
+    ],
 )
 def test_other_activations_are_refused(activation: nn.Module, called: str, explainer: Any) -> None:
     with (
-        unchanged(model := Functional(activation)),
+        unchanged(model := Functional(nn.Sequential(nn.ReLU(), activation))),
         pytest.raises(ConfigurationError, match=f"the model's activation '{called}' is no rectifier"),
     ):
         explainer(model, torch.rand(2, 3, 10, 10, generator=torch.Generator().manual_seed(0)), 1)
 
 
 @pytest.mark.parametrize("explainer", [*METHODS, guided_gradcam])
-@pytest.mark.parametrize("activation", [nn.Identity(), nn.Tanh(), nn.Sigmoid(), lambda x: x.clamp(min=-1)])
+@pytest.mark.parametrize("activation", [nn.Identity(), nn.Sigmoid(), lambda x: x.clamp(min=-1)])
 def test_a_model_without_rectifiers_is_refused(activation: Any, explainer: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"Functional calls no rectifier .* whose gradient could be changed"):
         explainer(Functional(activation), torch.rand(2, 3, 10, 10), 1)
@@ -248,12 +252,33 @@ def test_gates_keep_their_gradient() -> None:
     class Gated(Net):
         def features(self, images: Tensor) -> Tensor:
             x = self.second(self.first(images))
-            return x * x.mean((2, 3), keepdim=True).sigmoid()
+            x = x * x.mean((2, 3), keepdim=True).sigmoid()
+            return x * F.hardsigmoid(x.mean((2, 3), keepdim=True))
 
     model, images = Gated(), torch.rand(3, 3, 10, 10)
     torch.testing.assert_close(
         guided_backprop(model, images, TARGETS), references.guided_backprop(model, images, TARGETS)
     )
+
+
+@pytest.mark.parametrize("explainer", [*METHODS, guided_gradcam])
+def test_a_callable_keeps_its_own_gradient(explainer: Any) -> None:
+    torch.manual_seed(3)
+    model, images = Functional(F.relu), torch.rand(3, 3, 10, 10)
+    logits = model(images)[:, 1].detach()
+    plain = explainer(model, images, 1, channels=None)
+    assert plain.any()
+
+    def scaled(slope: Tensor) -> Tensor:
+        # The maps grow with the gradient, as long as it is positive; Guided Grad-CAM takes it twice.
+        return plain * slope.view(-1, 1, 1, 1) ** (2 if explainer is guided_gradcam else 1)
+
+    got = explainer(model, images, lambda output: F.softplus(output[:, 1]), channels=None)
+    torch.testing.assert_close(got, scaled(logits.sigmoid()))
+    got = explainer(model, images, lambda output: -F.relu(5 - output[:, 1]), channels=None)
+    torch.testing.assert_close(got, scaled(torch.ones(3)))
+    # The model's own rectifiers are changed again afterwards.
+    torch.testing.assert_close(explainer(model, images, 1, channels=None), plain)
 
 
 # ---- a unit, projected down
@@ -337,6 +362,15 @@ def test_overlapping_pools_sum_at_shared_switches() -> None:
     assert projected.sum() == 4 * 12
 
 
+def test_of_equal_activations_one_is_projected() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 3, bias=False))
+    nn.init.ones_(model[0].weight)
+    projected = deconvnet(model, torch.ones(2, 1, 6, 6), unit=("0", 0), channels=None)
+    for image in projected:
+        assert sorted(set(image.flatten().tolist())) == [0, 9]
+        assert image.count_nonzero() == 9  # what one unit sees
+
+
 def test_a_unit_that_is_silent_leaves_an_empty_map() -> None:
     model = Stack()
     nn.init.constant_(model.two.bias, -100)
@@ -400,6 +434,7 @@ def test_units_under_inference_mode_and_predict() -> None:
         ({"unit": ("two", -1)}, "there is no channel -1"),
         ({"unit": "two"}, r"unit takes \(layer, channel\), got 'two'"),
         ({"unit": ("two", 1.5)}, r"unit takes \(layer, channel\), got \('two', 1.5\)"),
+        ({"unit": ("two", True)}, r"unit takes \(layer, channel\), got \('two', True\)"),
         ({"unit": ("two", 1), "channels": "mean"}, "channels takes 'max_abs', 'sum' or None, got 'mean'"),
     ],
 )
