@@ -34,7 +34,6 @@ from torch import Tensor, nn
 
 from lightning_interp import explain
 from lightning_interp.errors import ConfigurationError
-from lightning_interp.guard import undisturbed
 
 MODELS = ("resnet18", "resnet50", "vit_b_16")
 LIBRARIES = ("captum", "grad-cam", "torchcam")
@@ -95,7 +94,7 @@ def measure(args: argparse.Namespace) -> None:
     targets = torch.zeros(count, dtype=torch.long, device=device)
 
     def forward() -> None:
-        with undisturbed(model), torch.no_grad():
+        with torch.no_grad():
             model(images)
 
     peers = Peers(model, images, targets)
