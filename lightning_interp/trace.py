@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
-from lightning_interp.errors import ConfigurationError, describe
+from lightning_interp.errors import ConfigurationError
 from lightning_interp.guard import undisturbed
 from lightning_interp.outputs import Predict, checked_images, first_tensor, output_logits, run_model
+from lightning_interp.targets import Targets, chosen_classes, target_scores
 from lightning_interp.tokens import to_grid
 
-__all__ = ["Site", "Targets", "Trace", "Under", "listening", "replacing", "run_until"]
+__all__ = ["Site", "Trace", "Under", "listening", "replacing", "run_until"]
 
-Targets = int | Tensor | Callable[[Any], Tensor] | None
 Under = Callable[[], AbstractContextManager[Any]]
 
 _IMAGES_AT_ONCE = 16  # where an image must be run again for each of many tensors
@@ -163,34 +163,7 @@ class Trace:
 
     def aim(self, targets: Targets) -> Tensor | Callable[[Any], Tensor]:
         """The given targets as int64 (N,), checked against the logits; a callable stays what it is."""
-        if callable(targets):
-            return targets
-        classes = self.logits.shape[1] if self.logits.ndim == 2 else 0
-        if classes == 0:
-            raise ConfigurationError(
-                f"the model's output {tuple(self.logits.shape)} holds no class scores (N, K); pass targets as a "
-                "callable from the output to scores (N,)"
-            )
-        if targets is None:
-            return (self.logits[:, 0] > 0).long() if classes == 1 else self.logits.argmax(1)
-        chosen = torch.as_tensor(targets, device=self.logits.device)
-        if chosen.is_inference():
-            chosen = chosen.clone()  # the gradient's graph takes no tensor that was made in inference mode
-        if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
-            raise ConfigurationError(f"targets are class numbers (int64), got {chosen.dtype}")
-        chosen = chosen.long().expand(len(self.images)) if chosen.ndim == 0 else chosen.long()
-        if chosen.shape != (len(self.images),):
-            raise ConfigurationError(
-                f"targets has shape {tuple(chosen.shape)}, expected one class for each of the {len(self.images)} images"
-            )
-        # One logit is the evidence for class 1 against class 0.
-        last = max(classes, 2) - 1
-        if bool(((chosen < 0) | (chosen > last)).any()):
-            raise ConfigurationError(
-                f"target {int(chosen[(chosen < 0) | (chosen > last)][0])} is out of range; the model has the classes "
-                f"0 to {last}"
-            )
-        return chosen
+        return targets if callable(targets) else chosen_classes(targets, self.logits)
 
     def aimed(self, targets: Targets) -> Trace:
         """The same look with other targets: shares the forward pass, and lives no longer than this one."""
@@ -271,7 +244,7 @@ class Trace:
                 raise ConfigurationError(
                     f"the model gave {len(output_logits(output))} outputs for {len(given)} tensors at {layer.name!r}"
                 )
-            return _scores(output, targets if callable(targets) else targets[row].expand(len(given)), len(given))
+            return target_scores(output, targets if callable(targets) else targets[row].expand(len(given)), len(given))
 
         if count > 1:
             try:
@@ -362,7 +335,7 @@ class Trace:
             ) from None
 
     def _scores(self, targets: Tensor | Callable[[Any], Tensor]) -> Tensor:
-        return _scores(self.output, targets, len(self.images))
+        return target_scores(self.output, targets, len(self.images))
 
     def _gradient(self, site: Site | None) -> Tensor:
         targets = self.targets
@@ -405,21 +378,6 @@ class Trace:
                     ) from error
                 raise
         return dict(zip(wanted, found, strict=True))
-
-
-def _scores(output: Any, targets: Tensor | Callable[[Any], Tensor], count: int) -> Tensor:
-    """(N,) what is explained, in float32."""
-    if callable(targets):
-        scores = targets(output)
-        if not isinstance(scores, Tensor) or scores.shape != (count,):
-            raise ConfigurationError(
-                f"the callable given as targets gave {describe(scores)}, expected scores ({count},)"
-            )
-        return scores.float()
-    logits = output_logits(output).float()
-    if logits.shape[1] == 1:
-        return logits[:, 0] * (2 * targets - 1)
-    return logits.gather(1, targets[:, None])[:, 0]
 
 
 class _FunctionTap(TorchFunctionMode):

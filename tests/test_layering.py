@@ -26,9 +26,10 @@ ALLOWED: dict[str, set[str]] = {
     "probe": {"annotations", "batches", "guard"},
     "outputs": set(),
     "tokens": set(),
-    "trace": {"outputs", "guard", "tokens"},
+    "targets": {"outputs"},
+    "trace": {"targets", "outputs", "guard", "tokens"},
     "spatial": {"trace", "outputs", "layers", "guard"},
-    "explain": {"trace", "spatial", "tokens", "outputs", "layers", "records", "guard"},
+    "explain": {"trace", "targets", "spatial", "tokens", "outputs", "layers", "records", "guard"},
     "units": {"trace", "layers", "records", "explain"},
     "weights": {"trace", "layers", "records", "shards"},
     "localize": {"trace", "spatial", "tokens", "outputs", "layers", "records", "guard"},
@@ -37,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"_lightning", "shards"},
     "callbacks": {
         *("_lightning", "annotations", "distributed", "explain", "guard", "layers", "localize", "outputs", "probe"),
-        *("spatial", "records", "render", "schedule", "shards", "sinks", "trace", "units", "weights"),
+        *("spatial", "records", "render", "schedule", "shards", "sinks", "targets", "trace", "units", "weights"),
     },
 }
 LIGHTNING_ROOMS = {"_lightning", "distributed", "callbacks"}

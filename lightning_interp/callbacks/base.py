@@ -19,7 +19,8 @@ from lightning_interp.layers import find_layer
 from lightning_interp.probe import Probe
 from lightning_interp.records import Record
 from lightning_interp.schedule import Schedule
-from lightning_interp.trace import Site, Targets, Trace
+from lightning_interp.targets import Targets
+from lightning_interp.trace import Site, Trace
 
 __all__ = ["Monitor", "MonitorOptions", "ProbeMonitor", "ProbeMonitorOptions", "check_share"]
 

@@ -30,7 +30,8 @@ from lightning_interp.localize import (
 from lightning_interp.probe import Probe
 from lightning_interp.records import Picture
 from lightning_interp.render import ColorScale, check_colormap, draw_boxes, enlarge, normalize_maps, overlay, tile_grid
-from lightning_interp.trace import Site, Targets, Trace
+from lightning_interp.targets import Targets, chosen_classes
+from lightning_interp.trace import Site, Trace
 
 __all__ = ["LocalizationMonitor", "Scores"]
 
@@ -251,19 +252,9 @@ class LocalizationMonitor(ProbeMonitor):
 
     def _classes(self, gap: GAPClassifier, every: Tensor, labels: Tensor | None) -> Tensor:
         """The classes to explain; each logit is the mean of a map, and the bias."""
-        count = every.shape[1]
-        targets = self.targets(labels)
-        if targets is None:
-            bias = gap.head.bias
-            logits = every.mean((2, 3)) + (bias.float() if isinstance(bias, Tensor) else 0)
-            return (logits[:, 0] > 0).long() if count == 1 else logits.argmax(1)
-        chosen = torch.as_tensor(targets, device=every.device).expand(len(every))
-        last = max(count, 2) - 1
-        if wrong := [each for each in chosen.tolist() if not 0 <= each <= last]:
-            raise ConfigurationError(
-                f"target {wrong[0]} is out of range; the GAPClassifier has the classes 0 to {last}"
-            )
-        return chosen
+        bias, targets = gap.head.bias, self.targets(labels)
+        assert not callable(targets)
+        return chosen_classes(targets, every.mean((2, 3)) + (bias.float() if isinstance(bias, Tensor) else 0))
 
     # ---- The picture.
 

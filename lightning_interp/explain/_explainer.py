@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from lightning_interp.errors import ConfigurationError, describe
+from lightning_interp.errors import ConfigurationError
 from lightning_interp.guard import undisturbed
 from lightning_interp.outputs import Predict, checked_images
 from lightning_interp.spatial import locate
-from lightning_interp.trace import Site, Targets, Trace, Under
+from lightning_interp.targets import Targets, as_targets
+from lightning_interp.trace import Site, Trace, Under
 
 __all__ = ["Explainer", "explainer"]
 
@@ -112,7 +113,7 @@ class Explainer:
         if use != -1 and layer is None:
             raise ConfigurationError(f"use={use} is a call of the layer that is named; pass layer=, too")
         size = batch_size or len(images)
-        targets = _as_targets(targets)
+        targets = as_targets(targets)
         per_image = isinstance(targets, Tensor) and targets.ndim > 0
         if per_image and len(targets) != len(images):  # type: ignore[arg-type]
             raise ConfigurationError(
@@ -202,19 +203,6 @@ class Explainer:
             maps = _resized(maps, trace.images.shape[-2:])
         finished: Tensor = _finished(maps, trace.images.device)
         return finished
-
-
-def _as_targets(targets: Any) -> Targets:
-    """Lists and arrays of classes as tensors."""
-    if targets is None or isinstance(targets, (int, Tensor)) or callable(targets):
-        return targets  # type: ignore[no-any-return]
-    try:
-        return torch.as_tensor(targets)
-    except (TypeError, ValueError, RuntimeError):
-        raise ConfigurationError(
-            "targets takes None, a class, int64 (N,) classes, or a callable from the output to scores (N,), got "
-            f"{describe(targets)}"
-        ) from None
 
 
 def _finished(found: Any, device: torch.device) -> Any:
