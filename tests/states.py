@@ -60,13 +60,26 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         assert not changed, f"changed: {changed}"
 
 
+def assert_same(got: Tensor, expected: Tensor, share: float = 1e-4) -> None:
+    """Fail where values differ by more than a share of the largest one, so that maps of tiny numbers count, too."""
+    largest = expected.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    torch.testing.assert_close(got / largest, expected / largest, atol=share, rtol=0)
+
+
 def unsettle(model: nn.Module) -> None:
-    """Give a model state of every kind: mixed modes, gradients of some parameters, frozen ones, hooks."""
+    """Give a model state of every kind: mixed modes, gradients of some parameters, frozen ones, a user's hooks."""
     for number, module in enumerate(model.modules()):
         module.training = number % 3 != 1
+        if number % 3 == 0 and not module._forward_hooks:  # models are shared, so this is not their first test
+            module.register_forward_pre_hook(_listen)
+            module.register_forward_hook(_listen)
     for number, parameter in enumerate(model.parameters()):
         parameter.grad = torch.full_like(parameter, number) if number % 2 else None
         parameter.requires_grad = number % 5 != 3
+
+
+def _listen(*passing: Any) -> None:
+    """A hook that changes nothing."""
 
 
 class _Same(list[Any]):
