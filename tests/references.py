@@ -91,7 +91,7 @@ def eigencam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> T
 
 
 def scorecam(model: nn.Module, images: Tensor, targets: Tensor, layer: str, *, n_channels: int | None = None) -> Tensor:
-    maps = []
+    model, maps = copy.deepcopy(model).eval(), []
     for image, target in zip(images, targets.tolist(), strict=True):
         activations, _ = _layer(model, image, target, layer)
         chosen = sorted(activations, key=lambda a: a.var(correction=0).item(), reverse=True)[:n_channels]
@@ -106,7 +106,7 @@ def scorecam(model: nn.Module, images: Tensor, targets: Tensor, layer: str, *, n
 
 
 def ablationcam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> Tensor:
-    maps = []
+    model, maps = copy.deepcopy(model).eval(), []
     for image, target in zip(images, targets.tolist(), strict=True):
         passing, _ = _passing(model, image, target, layer)
         activations = _grid(passing)
@@ -258,7 +258,7 @@ def occlusion(
     stride: float = 0.1,
     fill: float | None = None,
 ) -> Tensor:
-    maps = []
+    model, maps = copy.deepcopy(model).eval(), []
     for image, target in zip(images, targets.tolist(), strict=True):
         starts = []
         for side in image.shape[1:]:
@@ -287,7 +287,7 @@ def rise(
     grid: int = 7,
     p: float = 0.5,
 ) -> Tensor:
-    maps = []
+    model, maps = copy.deepcopy(model).eval(), []
     for number, (image, target) in enumerate(zip(images, targets.tolist(), strict=True)):
         stream = torch.Generator().manual_seed(number)
         height, width = image.shape[1:]
@@ -391,8 +391,7 @@ def _ablated(passing: Tensor, channel: int) -> Tensor:
 
 @torch.no_grad()
 def _score_of(model: nn.Module, image: Tensor, target: int, layer: str = "", instead: Tensor | None = None) -> float:
-    """The score of one image; with other activations in place of the layer's last."""
-    model = copy.deepcopy(model).eval()
+    """The score of one image, by a model in eval mode; with other activations in place of the layer's last."""
     calls: list[Tensor] = []
     if instead is not None:
         module = model.get_submodule(layer)
@@ -405,8 +404,11 @@ def _score_of(model: nn.Module, image: Tensor, target: int, layer: str = "", ins
             calls.append(output)
             return instead[None].clone() if len(calls) == last else output
 
-        module.register_forward_hook(change)
-    return float(_score(model(image[None].clone()), target))
+        handle = module.register_forward_hook(change)
+    score = float(_score(model(image[None].clone()), target))
+    if instead is not None:
+        handle.remove()
+    return score
 
 
 def _score(output: Any, target: int) -> Tensor:

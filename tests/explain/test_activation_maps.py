@@ -7,7 +7,6 @@ import pytest
 import pytorch_grad_cam
 import torch
 from captum.attr import LayerGradCam
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 from torchcam.methods import GradCAMpp
 
@@ -25,8 +24,10 @@ from lightning_interp.explain import (
 from lightning_interp.spatial import locate
 from lightning_interp.trace import Trace
 from tests import references
+from tests.states import assert_same
 from tests.zoo import ANIMALS, CLASSES, Animal, Net, animal
 
+TARGETS = torch.tensor([0, 1, 2])
 GAPS = [each for each in ANIMALS if each.gap and each.name not in {"squeezenet", "one_logit", "one_logit_flat"}]
 
 
@@ -34,7 +35,7 @@ GAPS = [each for each in ANIMALS if each.gap and each.name not in {"squeezenet",
 def test_gradcam_of_a_gap_model_is_its_cam_by_the_number_of_places(kind: Animal) -> None:
     exact = cam(kind.model, kind.images(), 1, upsample=False)
     by_gradient = gradcam(kind.model, kind.images(), 1, upsample=False)
-    torch.testing.assert_close(by_gradient, exact / exact[0].numel(), atol=1e-6, rtol=1e-4)
+    assert_same(by_gradient, exact / exact[0].numel())
 
 
 @pytest.mark.parametrize("name", ["plain", "resnet", "swin", "repeating"])
@@ -160,12 +161,11 @@ def test_cam_explains_classes_only() -> None:
 def test_gradcam_is_captums(name: str) -> None:
     kind = animal(name)
     assert kind.layer is not None
-    model, targets = kind.model.eval(), torch.tensor([0, 1, 2])
+    model = kind.model.eval()
     expected = LayerGradCam(model, model.get_submodule(kind.layer)).attribute(
-        kind.images().requires_grad_(), targets, relu_attributions=False
+        kind.images().requires_grad_(), TARGETS, relu_attributions=False
     )
-    got = gradcam(model, kind.images(), targets, upsample=False)
-    torch.testing.assert_close(got, expected.detach()[:, 0], atol=1e-5, rtol=1e-4)
+    assert_same(gradcam(model, kind.images(), TARGETS, upsample=False), expected.detach()[:, 0])
     for parameter in model.parameters():
         parameter.grad = None
 
@@ -182,11 +182,18 @@ def test_gradcam_takes_any_spatial_layer() -> None:
 # ---- other people's numbers
 
 
-def peers(name: str, kind: Animal, layers: list[str], targets: list[int]) -> Tensor:
-    """pytorch-grad-cam's maps: rectified and scaled to [0, 1]."""
+def grid(tokens: Tensor) -> Tensor:
+    """The tokens of the zoo's transformers, of which the first is the class token's."""
+    return tokens[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+
+
+def peers(name: str, kind: Animal, layers: list[str], targets: list[int], sign: int = 1) -> Tensor:
+    """pytorch-grad-cam's maps of the logits times the sign: rectified and scaled to [0, 1]."""
     model = copy.deepcopy(kind.model).eval()  # it leaves gradients, and Ablation-CAM replaces layers
-    with getattr(pytorch_grad_cam, name)(model, [model.get_submodule(layer) for layer in layers]) as peer:
-        return torch.from_numpy(peer(kind.images(), [ClassifierOutputTarget(target) for target in targets]))
+    reshape = {"reshape_transform": grid} if kind.attends else {}
+    scores = [lambda logits, target=target: sign * logits[target] for target in targets]
+    with getattr(pytorch_grad_cam, name)(model, [model.get_submodule(layer) for layer in layers], **reshape) as peer:
+        return torch.from_numpy(peer(kind.images(), scores))
 
 
 def scaled(maps: Tensor) -> Tensor:
@@ -201,32 +208,39 @@ def as_peers(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return scaled(nn.functional.interpolate(small, size, mode="bilinear", align_corners=False)[:, 0])
 
 
-@pytest.mark.parametrize("name", ["plain", "resnet", "vgg_bn", "squeezenet"])
+@pytest.mark.parametrize("name", ["plain", "resnet", "vgg_bn", "squeezenet", "vit", "timm_vit"])
 @pytest.mark.parametrize(
     ("explainer", "peer"),
     [(gradcam, "GradCAM"), (xgradcam, "XGradCAM"), (hirescam, "HiResCAM"), (layercam, "LayerCAM")],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_agrees_with_pytorch_grad_cam(explainer: Explainer, peer: str, name: str) -> None:
-    kind = animal(name)
+    # A map that is negative everywhere, which both rectify to nothing, is compared under the score's other sign.
+    kind, compared = animal(name), torch.zeros(3, dtype=torch.bool)
     assert kind.layer is not None
-    got = as_peers(explainer(kind.model, kind.images(), torch.tensor([0, 1, 2]), upsample=False), kind.size)
-    torch.testing.assert_close(got, peers(peer, kind, [kind.layer], [0, 1, 2]), atol=1e-5, rtol=1e-4)
+    for sign in (1, -1):
+
+        def score(logits: Tensor, sign: int = sign) -> Tensor:
+            return sign * logits[torch.arange(3), TARGETS]
+
+        theirs = peers(peer, kind, [kind.layer], TARGETS.tolist(), sign)
+        got = as_peers(explainer(kind.model, kind.images(), score, upsample=False), kind.size)
+        torch.testing.assert_close(got, theirs, atol=1e-5, rtol=1e-4)
+        compared |= theirs.amax((1, 2)) > 0
+    assert compared.all()
 
 
 def test_gradcam_plus_plus_is_the_papers_and_not_torchcams() -> None:
     # torchcam divides a copy by the denominator (``alpha[mask].div_``), and pytorch-grad-cam adds 1e-6 to one that is
     # often smaller; so the reference of tests/references.py decides, in double precision.
-    kind, targets = animal("resnet"), torch.tensor([0, 1, 2])
-    expected = references.gradcam_plus_plus(kind.model, kind.images(), targets, "layer4")
-    torch.testing.assert_close(
-        gradcam_plus_plus(kind.model, kind.images(), targets, upsample=False), expected, atol=1e-6, rtol=1e-4
-    )
+    kind = animal("resnet")
+    expected = references.gradcam_plus_plus(kind.model, kind.images(), TARGETS, "layer4")
+    assert_same(gradcam_plus_plus(kind.model, kind.images(), TARGETS, upsample=False), expected)
     model = copy.deepcopy(kind.model).eval()
     with GradCAMpp(model, "layer4") as peer:
         logits = model(kind.images())
         (theirs,) = peer([0, 1, 2], logits, normalized=False)
-    without = _without_denominator(kind, targets)
+    without = _without_denominator(kind, TARGETS)
     torch.testing.assert_close(theirs / theirs.amax((1, 2), True), without / without.amax((1, 2), True))
     ours = expected.relu()
     assert (theirs / theirs.amax((1, 2), True) - ours / ours.amax((1, 2), True)).abs().max() > 0.01
@@ -300,17 +314,9 @@ def test_transformers_are_seen_on_their_grid(name: str) -> None:
     assert kind.layer is not None
     maps = gradcam(kind.model, kind.images(), 1, upsample=False)
     assert maps.shape == (3, 4, 4)
-
-    def grid(tokens: Tensor) -> Tensor:
-        return tokens[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
-
     torch.testing.assert_close(gradcam(kind.model, kind.images(), 1, reshape=grid, upsample=False), maps)
     named = gradcam(kind.model, kind.images(), 1, layer=kind.layer, reshape=grid, upsample=False)
     torch.testing.assert_close(named, maps)
-    model = copy.deepcopy(kind.model).eval()
-    with pytorch_grad_cam.GradCAM(model, [model.get_submodule(kind.layer)], reshape_transform=grid) as peer:
-        theirs = torch.from_numpy(peer(kind.images(), [ClassifierOutputTarget(1)] * 3))
-    torch.testing.assert_close(as_peers(maps, kind.size), theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_reshape_takes_any_order() -> None:
@@ -348,29 +354,36 @@ def test_layers_that_fit_no_grid_take_reshape() -> None:
     torch.testing.assert_close(maps, gradcam(model, images, 1, layer="stem", upsample=False))
 
 
+def averaged(explainer: Explainer, kind: Animal, layers: list[Any]) -> Tensor:
+    """The mean of the layers' maps, each rectified, scaled and resized by itself."""
+    parts = []
+    for layer in layers:
+        small = explainer(kind.model, kind.images(), 1, layer=layer, upsample=False).relu()
+        peaks = small.amax((1, 2), keepdim=True)
+        assert (peaks > 0).all(), "nothing would be compared with nothing"
+        parts.append(nn.functional.interpolate((small / peaks)[:, None], kind.size, mode="bilinear")[:, 0])
+    return torch.stack(parts).mean(0)
+
+
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_several_layers_are_averaged(batch_size: int | None) -> None:
-    kind = animal("resnet")
-    got = gradcam(kind.model, kind.images(), 1, layer=["layer3", "layer4"], batch_size=batch_size)
-    expected = torch.zeros_like(got)
-    for layer in ("layer3", "layer4"):
-        small = gradcam(kind.model, kind.images(), 1, layer=layer, upsample=False).relu()
-        small = small / small.amax((1, 2), keepdim=True).clamp(min=1e-30)
-        expected += nn.functional.interpolate(small[:, None], kind.size, mode="bilinear")[:, 0] / 2
-    torch.testing.assert_close(got, expected)
+    kind, layers = animal("resnet"), ["layer3", "layer4"]
+    got = gradcam(kind.model, kind.images(), 1, layer=layers, batch_size=batch_size)
+    torch.testing.assert_close(got, averaged(gradcam, kind, layers))
 
 
 def test_several_layers_are_averaged_as_in_pytorch_grad_cam() -> None:
-    kind = animal("resnet")
-    layers = ["layer2", "layer3"]  # of so many places that some are not above zero, where min-max is the maximum
+    kind, layers = animal("resnet"), ["layer2", "layer3"]
+    for layer in layers:  # some places are not above zero, so that min-max is the maximum, and some are
+        small = gradcam(kind.model, kind.images(), 1, layer=layer, upsample=False)
+        assert ((small.amin((1, 2)) <= 0) & (small.amax((1, 2)) > 0)).all()
     got = scaled(gradcam(kind.model, kind.images(), 1, layer=layers))
     torch.testing.assert_close(got, peers("GradCAM", kind, layers, [1, 1, 1]), atol=1e-5, rtol=1e-4)
 
 
 def test_one_layer_in_a_list_is_scaled_as_several_are() -> None:
     kind = animal("plain")
-    maps = gradcam(kind.model, kind.images(), 1, layer=[None])
-    assert (maps.amin() >= 0, maps.amax() <= 1) == (True, True)
+    torch.testing.assert_close(gradcam(kind.model, kind.images(), 1, layer=[None]), averaged(gradcam, kind, [None]))
 
 
 @pytest.mark.parametrize(("layer", "upsample"), [([], True), (["second", "first"], False)])

@@ -248,10 +248,11 @@ def test_works_under_autocast_and_in_other_precisions(kind: Animal) -> None:
     assert double.dtype == torch.float32
 
 
-@TRANSFORMERS
+@pytest.mark.parametrize("name", ["vit", pytest.param("timm_vit", marks=pytest.mark.matrix)])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_compiled_models_run_eagerly(kind: Animal) -> None:
+def test_compiled_models_run_eagerly(name: str) -> None:
     torch._dynamo.reset()
+    kind = animal(name)
     model, frames = kind.build().eval(), []
 
     def backend(graph: torch.fx.GraphModule, examples: Any) -> Any:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import math
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tqdm.auto
 from captum.attr import Occlusion
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +19,7 @@ from lightning_interp.explain import occlusion, perturbation, rise
 from lightning_interp.explain._windows import Windowed
 from lightning_interp.explain.perturbation import patch_starts
 from tests import references
-from tests.states import unchanged
+from tests.states import assert_same, unchanged
 from tests.zoo import ANIMALS, Animal, Net, animal
 
 TARGETS = torch.tensor([0, 1, 2])
@@ -33,26 +36,26 @@ def test_occlusion_is_captums(name: str, fill: float) -> None:
     images = multiples_of_eight(kind)
     expected = Occlusion(kind.model.eval()).attribute(images, (3, 8, 16), (3, 8, 4), fill, TARGETS).detach()
     got = occlusion(kind.model, images, TARGETS, patch=(8, 16), stride=(8, 4), fill=fill)
-    torch.testing.assert_close(got, expected[:, 0].float(), atol=1e-5, rtol=1e-4)
+    assert_same(got, expected[:, 0].float())
 
 
 @pytest.mark.parametrize("name", ["plain", pytest.param("resnet", marks=pytest.mark.matrix), "flattening"])
-@pytest.mark.parametrize(("patch", "stride", "fill"), [(0.3, 0.1, None), (0.2, 0.2, 0.5), (1.0, 1.0, 0.0)])
+@pytest.mark.parametrize(("patch", "stride", "fill"), [(0.3, 0.15, None), (0.2, 0.2, 0.5), (1.0, 1.0, 0.0)])
 def test_occlusion_is_the_reference(name: str, patch: float, stride: float, fill: float | None) -> None:
     kind = animal(name)
     options: dict[str, Any] = {"patch": patch, "stride": stride, "fill": fill}
     expected = references.occlusion(kind.model, kind.images(), TARGETS, **options)
-    torch.testing.assert_close(occlusion(kind.model, kind.images(), TARGETS, **options), expected, atol=1e-5, rtol=1e-4)
+    assert_same(occlusion(kind.model, kind.images(), TARGETS, **options), expected)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 1000])
+@pytest.mark.parametrize("rows", [1, 1000])
 def test_how_many_positions_are_seen_at_once_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = animal("resnet")
+    kind = animal("plain")
     expected = occlusion(kind.model, kind.images(), TARGETS)
     masked = rise(kind.model, kind.images(), TARGETS, n_masks=20)
     monkeypatch.setitem(perturbation._ROWS, "cpu", rows)
-    torch.testing.assert_close(occlusion(kind.model, kind.images(), TARGETS), expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(rise(kind.model, kind.images(), TARGETS, n_masks=20), masked, atol=1e-5, rtol=1e-4)
+    assert_same(occlusion(kind.model, kind.images(), TARGETS), expected)
+    assert_same(rise(kind.model, kind.images(), TARGETS, n_masks=20), masked)
 
 
 def test_an_important_patch_is_found() -> None:
@@ -351,7 +354,7 @@ def test_a_part_that_does_not_ask_sees_whole_images(context: Any) -> None:
     expected = occlusion(Net(), images := torch.rand(2, 3, 20, 20), 1)
     torch.manual_seed(0)
     with context():
-        torch.testing.assert_close(occlusion(Foreign(), images, 1), expected)
+        assert_same(occlusion(Foreign(), images, 1), expected)
     classes = occlusion(Foreign(), images, 1, returns="predicted")
     assert torch.equal(classes, classes[:, :1, :1].expand_as(classes))
 
@@ -368,9 +371,7 @@ def test_a_scripted_function_sees_whole_images() -> None:
     model, images = Net(), torch.rand(1, 3, 20, 20)
     expected = occlusion(model, images, 1, predict=lambda model, images: model(bright(images)))
     assert expected.any()
-    torch.testing.assert_close(
-        occlusion(model, images, 1, predict=lambda model, images: model(scripted(images))), expected
-    )
+    assert_same(occlusion(model, images, 1, predict=lambda model, images: model(scripted(images))), expected)
 
 
 def test_a_model_that_fails_fails_with_its_own_error() -> None:
@@ -382,6 +383,25 @@ def test_a_model_that_fails_fails_with_its_own_error() -> None:
 
     with pytest.raises(RuntimeError, match="too many images"):
         occlusion(Failing(), torch.rand(2, 3, 20, 20), 1)
+
+
+@pytest.mark.parametrize("explainer", [occlusion, rise], ids=lambda each: each.name)
+def test_a_bar_shows_how_far_it_is(explainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    class Bar(tqdm.auto.tqdm):  # type: ignore[misc]
+        def __init__(self, **options: Any) -> None:
+            self.asked = options
+            super().__init__(**options | {"disable": False, "delay": 0, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
+    options = {"n_masks": 20} if explainer is rise else {"patch": 3, "stride": 3}
+    explainer(Net(), torch.rand(2, 3, 9, 9), 1, **options)
+    (bar,) = bars
+    assert bar.n == bar.total == {occlusion: 2 * 9, rise: 2 * 20}[explainer]
+    assert bar.asked["disable"] is None  # where somebody watches
+    assert 1 <= bar.asked["delay"] <= 10  # seconds, so that short work shows none
 
 
 def test_a_look_into_windows_is_an_error() -> None:
@@ -398,7 +418,32 @@ def test_rise_is_the_reference(name: str) -> None:
     kind = animal(name)
     options: dict[str, Any] = {"n_masks": 9, "grid": 5, "p": 0.3}
     expected = references.rise(kind.model, kind.images(), TARGETS, **options)
-    torch.testing.assert_close(rise(kind.model, kind.images(), TARGETS, **options), expected, atol=1e-5, rtol=1e-4)
+    assert_same(rise(kind.model, kind.images(), TARGETS, **options), expected)
+
+
+def shown(side: int, grid: int) -> Tensor:
+    """(shifts, side, grid): what each cell adds to each pixel of one axis of a mask, as the paper makes them.
+
+    The cells are enlarged bilinearly to (grid + 1) * ceil(side / grid), and cropped at a shift of less than a cell.
+    """
+    cell = math.ceil(side / grid)
+    pixels = torch.arange(cell)[:, None] + torch.arange(side)
+    places = ((pixels + 0.5) * grid / ((grid + 1) * cell) - 0.5).clamp(0, grid - 1)  # counted in cells' centres
+    return (1 - (places[..., None] - torch.arange(grid)).abs()).clamp(min=0)
+
+
+def test_rise_of_a_linear_model_comes_to_what_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Cells are open with probability p, each by itself, so that two pixels' E[m m'] is p^2, and p (1 - p) times what
+    # they share of cells. The paper divides by n p, the sum of the masks in expectation; we divide by what each pixel
+    # was really shown, which comes to the same.
+    monkeypatch.setitem(perturbation._ROWS, "cpu", 1000)
+    model, images, p = nn.Sequential(nn.Flatten(), nn.Linear(3 * 10 * 14, 2)), torch.rand(2, 3, 10, 14), 0.3
+    shares = (model[1].weight[1].view(3, 10, 14) * images).sum(1).detach()
+    down, across = (torch.einsum("syc,szc->yz", each, each) / len(each) for each in (shown(10, 4), shown(14, 4)))
+    expected = (1 - p) * down @ shares @ across + p * shares.sum((1, 2), keepdim=True) + model[1].bias[1].detach()
+    maps = rise(model, images, 1, n_masks=20_000, grid=4, p=p)
+    # So many masks come to a tenth of the map's spread; masks whose corners meet the cells' miss it by half or more.
+    assert ((maps - expected).abs() < 0.2 * expected.std((1, 2), keepdim=True)).all()
 
 
 def test_rise_finds_what_counts() -> None:
