@@ -108,6 +108,7 @@ class Trace:
         self._leaf: Tensor | None = None
         self._outputs: list[Any] = []
         self._recording = False
+        self._asking: list[Tensor] = []
         self._gradients: dict[object, dict[Site | None, Tensor | None]] = {}
 
     def __enter__(self) -> Trace:
@@ -115,6 +116,7 @@ class Trace:
             stack.enter_context(undisturbed(self.model))
             if self.under is not None:
                 self.mode = stack.enter_context(self.under())
+            stack.callback(self._end_graph)
             self._run(stack)
             self._stack = stack.pop_all()
         return self
@@ -267,6 +269,7 @@ class Trace:
         if self._wants_inputs:
             self._leaf = images.requires_grad_()
             images = images.clone()
+            self._begin_graph()
         by_module: dict[nn.Module, list[Site]] = {}
         by_function: list[Site] = []
         for site in self._sites:
@@ -318,10 +321,32 @@ class Trace:
                 "or checkpointing with use_reentrant=True); checkpoint with use_reentrant=False, or name another layer"
             )
         kept = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+        if kept is not tensor:
+            self._begin_graph()
         if self._recording:
             for site in sites:
                 self._kept[site].append(kept)
         return kept.clone()
+
+    def _begin_graph(self) -> None:
+        """Make attention quick from here on.
+
+        torch multiplies tokens that are laid out as (T, N, C) by a weight that asks for no gradient one position after
+        another, which takes three times as long. Nobody computes the gradient that is asked for here.
+        """
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            return  # it would keep a copy of the weight that asks for a gradient, too
+        for module in self.model.modules():
+            weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else None
+            if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.is_inference():
+                continue
+            if not weight.requires_grad:
+                self._asking.append(weight.requires_grad_())
+
+    def _end_graph(self) -> None:
+        for weight in self._asking:
+            weight.requires_grad_(False)
+        self._asking.clear()
 
     def _tensor(self, site: Site) -> Tensor:
         kept = self._kept[site]

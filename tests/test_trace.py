@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
 from lightning_interp.errors import ConfigurationError
+from lightning_interp.guard import undisturbed
 from lightning_interp.outputs import output_logits
 from lightning_interp.spatial import locate, locate_features, locate_last_convolution
 from lightning_interp.trace import Site, Trace, replacing, run_until
@@ -218,6 +219,37 @@ def test_a_look_lives_within_its_context(model: Net) -> None:
     with pytest.raises(ConfigurationError, match="target 77"), Trace(model, IMAGES, 77, under=context) as look:
         look.scores  # noqa: B018
     assert said == ["in", "out"] * 2
+
+
+def test_attention_asks_for_a_gradient_while_the_graph_is_made() -> None:
+    # Without it, torch multiplies transposed tokens by a frozen weight one position after another.
+    kind = animal("vit")
+    model, images = kind.model, kind.images()
+    early, late = (each.self_attention.in_proj_weight for each in model.encoder.layers)  # type: ignore[union-attr]
+    site = locate(model, "encoder.layers.encoder_layer_0.mlp")
+
+    def asked(model: nn.Module, images: Tensor) -> Any:
+        output = model(images)
+        seen.append((early.requires_grad, late.requires_grad))
+        return output
+
+    seen: list[tuple[bool, bool]] = []
+    with unchanged(model), undisturbed(model):
+        for options in ({}, {"layers": {site: False}}, {"layers": {site: True}}, {"input_gradients": True}):
+            with Trace(model, images, 1, predict=asked, **options) as trace:
+                if options.get("input_gradients"):
+                    assert trace.input_gradients().any()
+            assert not early.requires_grad
+            assert early.grad is None
+        with pytest.raises(ConfigurationError), Trace(model, images, 77, input_gradients=True) as trace:
+            trace.scores  # noqa: B018
+        assert not late.requires_grad
+        with torch.autocast("cpu", torch.bfloat16), Trace(model, images, 1, predict=asked, input_gradients=True):
+            pass
+    quick, usual = (True, True), (False, False)
+    assert seen == [usual, usual, quick, quick, usual]
+    with Trace(model, images, 1, layers={site: True}) as trace:
+        assert trace._kept[site][0].grad_fn is None  # the graph starts at the layer
 
 
 def test_a_flag_changes_the_way_and_the_last_layer_is_found_anew() -> None:
