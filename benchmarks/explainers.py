@@ -65,8 +65,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="torchvision models")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="numbers of images")
     parser.add_argument("--methods", nargs="+", help="names in lightning_interp.explain; all of them")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds; the medians are shown")
-    parser.add_argument("--patience", type=float, default=3.0, help="what takes more seconds is measured once")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds; the medians are shown")
+    parser.add_argument("--patience", type=float, default=2.0, help="what takes more seconds is measured once")
     parser.add_argument("--all", action="store_true", help="measure slow methods everywhere")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -126,7 +126,9 @@ def compare(works: dict[str, Work], args: argparse.Namespace) -> str:
                 raise
             print(f"{name}: {type(error).__name__}: {error}"[:200], file=sys.stderr)
     quick = [name for name in peaks if times[name][0] < args.patience]
-    for _ in range(args.repeats - 1):
+    # Short times vary most, and cost least to take again.
+    longest = max(times[name][0] for name in quick) if quick else args.patience
+    for _ in range(max(args.repeats, min(20, int(args.patience / longest))) - 1):
         for name in quick:
             times[name].append(timed(works[name]))
     median = {name: 1000 * statistics.median(times[name]) for name in peaks}

@@ -81,7 +81,8 @@ def undisturbed(module: nn.Module, *, parameters: bool = False) -> Iterator[None
         stack.enter_context(torch.enable_grad())
         for each in modules:
             # Not .eval(): users override train() and eval(), and those may do more than set the flag.
-            each.training = False
+            if each.training:
+                each.training = False
             if hasattr(type(each), "log") and hasattr(each, "_current_fx_name"):
                 _mute(each)
         for each in modules:
@@ -132,32 +133,27 @@ def _snapshots(modules: list[nn.Module], parameters: bool) -> Iterator[Callable[
 def _keep_module(module: nn.Module) -> Callable[[], None]:
     own, training = module.__dict__, module.training  # which is no plain attribute of a scripted module
     sharded = any(each is not None and piece(each) is not each for each in module._parameters.values())
-    left = _STATE_DICT_HOOKS if sharded else frozenset()
+    names = _DICTIONARIES - _STATE_DICT_HOOKS if sharded else _DICTIONARIES
     # Plain attributes, too: the mode, counters, and what a forward pass stashes, which would keep its graph alive.
-    attributes = {name: value for name, value in own.items() if name not in _DICTIONARIES}
-    kept = {
-        name: value.copy() if value else {}
-        for name, value in own.items()
-        # A scripted module shows views of what it keeps, which nothing can be taken out of.
-        if name in _DICTIONARIES and name not in left and isinstance(value, (dict, set))
-    }
+    attributes, identities = own.copy(), list(map(id, own.values()))
+    # A scripted module shows views of what it keeps, which nothing can be taken out of.
+    dictionaries: list[Any] = [each for each in map(own.get, names) if isinstance(each, (dict, set))]
+    empty = [each for each in dictionaries if not each]
+    full = [(each, each.copy()) for each in dictionaries if each]
 
     def restore() -> None:
         if module.training is not training:
             module.training = training
-        for name in [each for each in own if each not in attributes and each not in _DICTIONARIES]:
-            del own[name]
-        for name, value in attributes.items():
-            if name not in own or own[name] is not value:
-                own[name] = value
-        for name, before in kept.items():
-            now = own[name]
-            if not now and not before:
-                continue
+        if list(map(id, own.values())) != identities or own.keys() != attributes.keys():
+            for name in [each for each in own if each not in attributes]:
+                del own[name]
+            own.update(attributes)
+        if any(empty):
+            for now in empty:
+                now.clear()
+        for now, before in full:
             # Compared by identity of the entries: comparing tensors would compare their values.
-            if list(now) != list(before) or (
-                isinstance(before, dict) and any(now[key] is not before[key] for key in before)
-            ):
+            if list(now) != list(before) or any(now[key] is not before[key] for key in before if isinstance(now, dict)):
                 now.clear()
                 now.update(before)
 
