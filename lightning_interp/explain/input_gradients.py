@@ -101,9 +101,8 @@ def smoothgrad(
     .. math:: M(y, x) = \max_c \left| \frac{1}{n} \sum_{i=1}^n \frac{\partial s(I + \epsilon_i)}{\partial I_c(y, x)}
         \right|, \qquad \epsilon_i \sim \mathcal{N}(0, \sigma^2)
 
-    with :math:`\sigma` a share of each image's own range. The target is chosen on the clean image.
-    Of each image 2 copies go through the model at once, elsewhere than on a CPU 16, and fewer where a pass would have
-    more than 8 or 64 images.
+    with :math:`\sigma` a share of each image's own range. The target is chosen on the clean image. On a CPU two copies
+    of each image go through the model at once (one where there are more than four images), elsewhere up to 16.
 
     Args:
         trace: Made by the call; see :class:`Explainer` for what a call takes.
@@ -151,9 +150,8 @@ def vargrad(
     .. math:: M(y, x) = \max_c \frac{1}{n} \sum_{i=1}^n \left( g_{ic}(y, x) - \bar g_c(y, x) \right)^2, \qquad
         g_i = \frac{\partial s(I + \epsilon_i)}{\partial I}, \quad \epsilon_i \sim \mathcal{N}(0, \sigma^2)
 
-    with :math:`\sigma` a share of each image's own range. The target is chosen on the clean image.
-    Of each image 2 copies go through the model at once, elsewhere than on a CPU 16, and fewer where a pass would have
-    more than 8 or 64 images.
+    with :math:`\sigma` a share of each image's own range. The target is chosen on the clean image. On a CPU two copies
+    of each image go through the model at once (one where there are more than four images), elsewhere up to 16.
 
     Args:
         trace: Made by the call; see :class:`Explainer` for what a call takes.
@@ -206,8 +204,8 @@ def integrated_gradients(
     .. math:: M(y, x) = \sum_c (I_c - B_c)(y, x) \int_0^1 \frac{\partial s(B + \alpha (I - B))}{\partial I_c(y, x)}
         \, d\alpha, \qquad \sum_{y, x} M(y, x) = s(I) - s(B)
 
-    The steps are taken 2 at a time, elsewhere than on a CPU 16, and fewer where a pass would have more than 8 or 64
-    images, so that the memory does not grow with them.
+    The steps are taken two at a time on a CPU (one where there are more than four images), elsewhere up to 16, so that
+    the memory does not grow with them.
 
     Args:
         trace: Made by the call; see :class:`Explainer` for what a call takes.
