@@ -210,21 +210,26 @@ def test_numpys_numbers_will_do() -> None:
 # ---- integrated gradients
 
 
-BASELINES = [None, "zeros", 0.5, "mean", "blur", "uniform", "noise", torch.rand(3, 1, 1), [0.0, "mean", "uniform"]]
+COLOUR = torch.tensor([0.1, 0.5, 0.9]).view(3, 1, 1)
+BASELINES = [None, "zeros", 0.5, "mean", "blur", "uniform", "noise", COLOUR, [0.0, "mean", "uniform"]]
 
 
 @pytest.mark.parametrize("baselines", BASELINES, ids=str)
 @pytest.mark.parametrize(
-    ("name", "n_steps"), [("plain", 60), ("flattening", 60), pytest.param("resnet", 200, marks=pytest.mark.matrix)]
+    ("name", "n_steps", "share"),
+    # The deeper, the more kinks lie on the way, each of which a rule for smooth functions misses by a little.
+    [("plain", 60, 4e-3), ("flattening", 60, 4e-3), pytest.param("resnet", 200, 2e-2, marks=pytest.mark.matrix)],
 )
-def test_attributions_sum_to_the_difference_of_the_scores(name: str, n_steps: int, baselines: Any) -> None:
+def test_attributions_sum_to_the_difference_of_the_scores(
+    name: str, n_steps: int, share: float, baselines: Any
+) -> None:
     kind = animal(name)
     maps, error = integrated_gradients(
         kind.model, kind.images(), TARGETS, n_steps=n_steps, baselines=baselines, return_error=True
     )
     scores = kind.model.eval()(kind.images()).detach()[torch.arange(3), TARGETS]
     scale = maps.abs().sum((1, 2)) + scores.abs()
-    assert (error.abs() < 4e-3 * scale).all()
+    assert (error.abs() < share * scale).all()
     if baselines in (None, "zeros"):
         black = kind.model(torch.zeros_like(kind.images())).detach()[torch.arange(3), TARGETS]
         torch.testing.assert_close(maps.sum((1, 2)), scores - black + error, atol=1e-5, rtol=1e-4)
