@@ -106,7 +106,7 @@ class Trace:
         self._stack = ExitStack()
         self._kept: dict[Site, list[Tensor]] = {}
         self._leaf: Tensor | None = None
-        self._outputs: list[Any] = []
+        self._outputs: list[Any] = []  # what the model returned and, once asked for, its logits; for all that are aimed
         self._recording = False
         self._asking: list[Tensor] = []
         self._gradients: dict[object, dict[Site | None, Tensor | None]] = {}

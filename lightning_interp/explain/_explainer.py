@@ -68,7 +68,6 @@ class Explainer:
         self.options = tuple(each.name for each in own)
         common = inspect.signature(self._call).parameters
         hidden = set() if layer is not None else {"layer", "use", "reshape"}
-        self._defaults = {name: common[name].default for name in hidden}
         hidden |= {"options"} if coarse else {"options", "upsample"}
         shown = [each for name, each in common.items() if name not in hidden]
         last = [each for each in shown if each.kind is each.VAR_KEYWORD]
@@ -83,11 +82,6 @@ class Explainer:
         return f"<explainer {self.name}>"
 
     def __call__(self, model: nn.Module, images: Tensor, targets: Targets = None, **options: Any) -> Tensor:
-        for name, default in self._defaults.items():
-            if options.get(name, default) is not default:
-                raise ConfigurationError(
-                    f"{self.name} explains pixels and takes no {name}; leave {name}={options[name]!r} out"
-                )
         return self._call(model, images, targets, **options)
 
     def _call(
@@ -109,9 +103,7 @@ class Explainer:
         checked_images(images)
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ConfigurationError(f"batch_size takes a positive integer or None, got {batch_size!r}")
-        self.check(layer, options)
-        if use != -1 and layer is None:
-            raise ConfigurationError(f"use={use} is a call of the layer that is named; pass layer=, too")
+        self.check(layer, options, use, reshape)
         size = batch_size or len(images)
         targets = as_targets(targets)
         per_image = isinstance(targets, Tensor) and targets.ndim > 0
@@ -155,10 +147,14 @@ class Explainer:
         joined: Tensor = _joined(maps)
         return joined
 
-    def check(self, layer: object, options: Mapping[str, object]) -> None:
-        """Raise where a layer or an option is given that this method does not take."""
-        if self.layer is None and layer is not None:
-            raise ConfigurationError(f"{self.name} explains pixels and takes no layer; leave layer={layer!r} out")
+    def check(self, layer: object, options: Mapping[str, object], use: int = -1, reshape: object = None) -> None:
+        """Raise where a layer, what is said of one, or an option is given that this method does not take."""
+        of_layers = {"layer": layer, "use": None if use == -1 else use, "reshape": reshape}
+        for name, given in of_layers.items():
+            if self.layer is None and given is not None:
+                raise ConfigurationError(f"{self.name} explains pixels and takes no {name}; leave {name}={given!r} out")
+        if use != -1 and layer is None:
+            raise ConfigurationError(f"use={use} is a call of the layer that is named; pass layer=, too")
         unknown = [name for name in options if name not in self.options]
         if unknown:
             known = ", ".join(self.options) or "none of its own"
