@@ -25,7 +25,7 @@ def measure(processes: int) -> None:
     from torchvision.models import resnet18
 
     from lightning_interp import CAMMonitor, SaliencyMonitor
-    from lightning_interp.callbacks.session import Session
+    from lightning_interp.callbacks.run.session import Session
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

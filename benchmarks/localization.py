@@ -26,7 +26,7 @@ from lightning_interp.localize import max_box_accuracy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "localize"))
 
-from ref_sweep import all_contour_boxes, coarse_maps, contour_boxes, smooth_maps
+from tests.helpers.box_sweep import all_contour_boxes, coarse_maps, contour_boxes, smooth_maps
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.utils import make_grid
 
 import lightning_interp as li
-from lightning_interp.callbacks import session as sessions
-from lightning_interp.guard import undisturbed
+from lightning_interp.callbacks.run import session as sessions
+from lightning_interp.model.preserve import preserve_state
 
 MODELS = ("resnet18", "resnet50", "vit_b_16")
 
@@ -104,7 +104,7 @@ class Measurement(pl.Callback):
         parameters = dict(module.named_parameters())
 
         def forward() -> None:
-            with undisturbed(module), torch.no_grad():
+            with preserve_state(module), torch.no_grad():
                 module(images)
 
         def step() -> None:

@@ -22,7 +22,7 @@ from torchvision.models import SqueezeNet, SqueezeNet1_0_Weights, squeezenet1_0
 from torchvision.transforms.functional import resize
 
 from lightning_interp import explain
-from lightning_interp.probe import Probe
+from lightning_interp.data.probe import Probe
 from lightning_interp.render import Caption, colorize, normalize_maps, overlay, tile_grid
 
 SIZE = 224
@@ -102,7 +102,7 @@ def strongest_units(model: SqueezeNet, images: Tensor) -> Tensor:
 def drawn(method: str, maps: Tensor, pictures: Tensor) -> Tensor:
     """(N, H, W) maps as (N, H, W, 3) uint8 tiles."""
     if method in COARSE:
-        scale = "min_max" if getattr(explain, method).relative else "relu"
+        scale = "relu" if getattr(explain, method).has_zero else "min_max"
         return overlay(pictures, normalize_maps(maps, scale), "jet", 0.5)
     # A few hot pixels would leave the rest black; but of a single unit that is all there is.
     heat = normalize_maps(maps, "max_abs", percentile=99.9 if method == "deconvnet" else 99.0)

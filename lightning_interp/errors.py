@@ -19,7 +19,7 @@ class ConfigurationError(ValueError):
 
     Example:
         >>> import torch
-        >>> from lightning_interp.layers import find_layer
+        >>> from lightning_interp.model.locate import find_layer
         >>> find_layer(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), "1")
         Traceback (most recent call last):
         ...

@@ -17,18 +17,19 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import matrix_settings as matrix
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from matrix_settings import MONITORS, SETTINGS, TWO_PROCESSES, WATCHED, Leg, differences, loud, repeated, train
 from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from lightning_interp import CAMMonitor, guard
-from tests.processes import play
+from lightning_interp import CAMMonitor
+from lightning_interp.model import preserve as guard
+from tests.helpers import matrix
+from tests.helpers.matrix import MONITORS, SETTINGS, TWO_PROCESSES, WATCHED, Leg, differences, loud, repeated, train
+from tests.helpers.processes import HELPERS, play
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{words}") for words in matrix.LIGHTNINGS_OWN]
 
@@ -140,7 +141,7 @@ def events(file: Path) -> dict[tuple[str, int], int]:
 
 def played(folder: Path, cases: list[tuple[str, str]]) -> dict[str, Any]:
     """What two processes found in these cases: for each and for each rank, the differences and the steps looked at."""
-    play(Path(__file__).with_name("matrix_two_processes.py"), folder, json.dumps(cases), timeout=240)
+    play(HELPERS / "matrix_two_processes.py", folder, json.dumps(cases), timeout=240)
     return {name: each for rank in (0, 1) for name, each in json.loads((folder / f"{rank}.json").read_text()).items()}
 
 
@@ -220,7 +221,7 @@ def forget_one_mode(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def draws(draw: Callable[[], object]) -> Callable[[pytest.MonkeyPatch], None]:
     def weaken(monkeypatch: pytest.MonkeyPatch) -> None:
-        preserved = guard.preserved_streams
+        preserved = guard.isolate_rng
 
         @contextmanager
         def preserved_but_one() -> Iterator[None]:
@@ -228,7 +229,7 @@ def draws(draw: Callable[[], object]) -> Callable[[pytest.MonkeyPatch], None]:
                 yield
             draw()
 
-        monkeypatch.setattr(guard, "preserved_streams", preserved_but_one)
+        monkeypatch.setattr(guard, "isolate_rng", preserved_but_one)
 
     return weaken
 

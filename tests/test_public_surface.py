@@ -14,7 +14,7 @@ ROOMS = (
     "lightning_interp",
     "lightning_interp.explain",
     "lightning_interp.localize",
-    "lightning_interp.records",
+    "lightning_interp.sinks.records",
     "lightning_interp.sinks",
 )
 

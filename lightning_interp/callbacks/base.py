@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_interp._lightning import Callback, LightningModule, Trainer
-from lightning_interp.callbacks.session import Session
+from lightning_interp.callbacks._lightning import Callback, LightningModule, Trainer
+from lightning_interp.callbacks.run.session import Session
+from lightning_interp.callbacks.schedule import Schedule
+from lightning_interp.data.probe import Probe
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.explain import Explainer
-from lightning_interp.layers import find_layer
-from lightning_interp.probe import Probe
-from lightning_interp.records import Record
-from lightning_interp.schedule import Schedule
-from lightning_interp.targets import Targets
-from lightning_interp.trace import Site, Trace
+from lightning_interp.model.hooks import HookPoint
+from lightning_interp.model.locate import find_layer
+from lightning_interp.model.targets import Targets
+from lightning_interp.model.trace import Trace
+from lightning_interp.sinks.records import Record
 
 __all__ = ["Monitor", "MonitorOptions", "ProbeMonitor", "ProbeMonitorOptions", "check_share"]
 
@@ -355,7 +356,7 @@ class ProbeMonitor(Monitor):
     @property
     def wants_input_gradients(self) -> bool:
         """Whether the method needs the gradient towards the images, of a plain pass."""
-        return isinstance(self.method, Explainer) and self.method.inputs and self.method.under is None
+        return isinstance(self.method, Explainer) and self.method.inputs and self.method.context is None
 
     def check(self, module: LightningModule) -> None:
         """Raise where the layer does not exist."""
@@ -375,12 +376,12 @@ class ProbeMonitor(Monitor):
             )
         return labels if self.target == "label" else None if self.target == "predicted" else int(self.target)
 
-    def maps(self, trace: Trace, site: Site | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def maps(self, trace: Trace, site: HookPoint | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """This method's maps (N, H, W) for a part of the probe, and the classes (N,) that they explain."""
-        aimed = trace.aimed(self.targets(labels))
+        aimed = trace.with_targets(self.targets(labels))
         targets = aimed.targets
         if isinstance(self.method, Explainer):
-            maps = self.method.on(aimed, site, **self.method_options)
+            maps = self.method.attribute(aimed, site, **self.method_options)
         else:
             maps = self.method(trace.model, trace.images, targets, **self.method_options)
         size = (len(trace.images), *trace.images.shape[-2:])

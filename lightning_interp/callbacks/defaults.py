@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing_extensions import Unpack
 
 from lightning_interp.callbacks.base import Monitor, MonitorOptions, ProbeMonitorOptions
-from lightning_interp.callbacks.cam import CAMMonitor
-from lightning_interp.callbacks.filters import FilterMonitor
-from lightning_interp.callbacks.norms import NormMonitor
-from lightning_interp.callbacks.saliency import SaliencyMonitor
-from lightning_interp.callbacks.weights import WeightHistogramMonitor
+from lightning_interp.callbacks.monitors.cam import CAMMonitor
+from lightning_interp.callbacks.monitors.filters import FilterMonitor
+from lightning_interp.callbacks.monitors.norms import NormMonitor
+from lightning_interp.callbacks.monitors.saliency import SaliencyMonitor
+from lightning_interp.callbacks.monitors.weights import WeightHistogramMonitor
 
 __all__ = ["default_monitors"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
-from lightning_interp._lightning import BaseFinetuning, LightningModule, Trainer, rank_zero_info
+from lightning_interp.callbacks._lightning import BaseFinetuning, LightningModule, Trainer, rank_zero_info
 from lightning_interp.callbacks.parameter_groups import (
     Places,
     add_group,
@@ -23,8 +23,8 @@ from lightning_interp.callbacks.parameter_groups import (
     where,
 )
 from lightning_interp.errors import ConfigurationError, describe
-from lightning_interp.layers import layer_name, original
 from lightning_interp.localize import GAPClassifier
+from lightning_interp.model.locate import layer_name, original
 
 __all__ = ["GAPHeadFinetuning"]
 

@@ -11,8 +11,8 @@ from lightning_interp.explain.input_gradients import (
     smoothgrad,
     vargrad,
 )
+from lightning_interp.explain.modified_relu import deconvnet, guided_backprop, guided_gradcam
 from lightning_interp.explain.perturbation import occlusion, rise
-from lightning_interp.explain.rectifiers import deconvnet, guided_backprop, guided_gradcam
 
 __all__ = [
     "Explainer",

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from lightning_interp.errors import ConfigurationError
-from lightning_interp.guard import undisturbed
-from lightning_interp.outputs import Predict, checked_images
-from lightning_interp.spatial import locate
-from lightning_interp.targets import Targets, as_targets
-from lightning_interp.trace import Site, Trace, Under
+from lightning_interp.model.forward import ContextFactory
+from lightning_interp.model.hooks import HookPoint
+from lightning_interp.model.locate import locate
+from lightning_interp.model.outputs import Predict, checked_images
+from lightning_interp.model.preserve import preserve_state
+from lightning_interp.model.targets import Targets, as_targets
+from lightning_interp.model.trace import Trace
 
 __all__ = ["Explainer", "explainer"]
 
@@ -34,7 +36,7 @@ class Explainer:
             transformer with a class token, the tokens that enter the last attention. A list stands for several layers
             at once: the map of each is rectified, divided by its maximum and resized, and their mean is returned.
             Methods that look at pixels only refuse it.
-        use: Which call of the layer is meant where the model uses it more than once; the last by default.
+        call_index: Which call of the layer is meant where the model uses it more than once; the last by default.
         reshape: From what the layer gives to (N, C, h, w), where its places are in no order that is known: known are
             (N, C, h, w), (N, h, w, C), and tokens (N, T, C) row by row behind class and register tokens.
         batch_size: How many images are explained at once; None: all.
@@ -52,23 +54,23 @@ class Explainer:
         function: Callable[..., Tensor],
         layer: Literal["activations", "gradients"] | None,
         inputs: bool,
-        coarse: bool,
-        under: Under | None,
-        relative: bool,
+        upsampled: bool,
+        context: ContextFactory | None,
+        has_zero: bool,
     ) -> None:
         functools.update_wrapper(self, function)
         self.name: str = function.__name__
         self.function = function
         self.layer = layer
         self.inputs = inputs
-        self.coarse = coarse
-        self.under = under
-        self.relative = relative
+        self.upsampled = upsampled
+        self.context = context
+        self.has_zero = has_zero
         own = list(inspect.signature(function).parameters.values())[1 if layer is None else 2 :]
         self.options = tuple(each.name for each in own)
         common = inspect.signature(self._call).parameters
-        hidden = set() if layer is not None else {"layer", "use", "reshape"}
-        hidden |= {"options"} if coarse else {"options", "upsample"}
+        hidden = set() if layer is not None else {"layer", "call_index", "reshape"}
+        hidden |= {"options"} if upsampled else {"options", "upsample"}
         shown = [each for name, each in common.items() if name not in hidden]
         last = [each for each in shown if each.kind is each.VAR_KEYWORD]
         self.__signature__ = inspect.Signature(
@@ -91,7 +93,7 @@ class Explainer:
         targets: Targets = None,
         *,
         layer: str | nn.Module | Sequence[str | nn.Module] | None = None,
-        use: int = -1,
+        call_index: int = -1,
         reshape: Callable[[Tensor], Tensor] | None = None,
         batch_size: int | None = None,
         upsample: bool = True,
@@ -103,7 +105,7 @@ class Explainer:
         checked_images(images)
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ConfigurationError(f"batch_size takes a positive integer or None, got {batch_size!r}")
-        self.check(layer, options, use, reshape)
+        self.check(layer, options, call_index, reshape)
         size = batch_size or len(images)
         targets = as_targets(targets)
         per_image = isinstance(targets, Tensor) and targets.ndim > 0
@@ -118,53 +120,55 @@ class Explainer:
                 "several layers have maps of several sizes, which are averaged at the images' size; pass at least one "
                 f"layer, and upsample=True, got layer={layer!r} and upsample={upsample}"
             )
-        with undisturbed(model):
+        with preserve_state(model):
             sites = []
             if self.layer is not None:
-                found = [locate(model, each, images, use=use, predict=predict) for each in layers]
+                found = [locate(model, each, images, call_index=call_index, predict=predict) for each in layers]
                 sites = [replace(site, reshape=reshape) for site in found]
             maps = []
             for start in range(0, len(images), size):
                 chunk = slice(start, start + size)
                 aim = targets[chunk] if per_image else targets  # type: ignore[index]
-                with Trace(
+                with Trace.record(
                     model,
                     images[chunk],
                     aim,
                     layers=self.needs(*sites),
                     input_gradients=self.inputs,
                     predict=predict,
-                    offset=start,
-                    under=self.under,
+                    first_index=start,
+                    context=self.context,
                 ) as trace:
                     if aim is not None:
-                        trace.aim(aim)  # checked, though some methods are the same for all targets
+                        trace.resolve_targets(aim)  # checked, though some methods are the same for all targets
                     if several:
-                        looks = [self.on(trace, site, upsample=False, **options) for site in sites]
+                        looks = [self.attribute(trace, site, upsample=False, **options) for site in sites]
                         maps.append(_combined(looks, images.shape[-2:]))
                     else:
-                        maps.append(self.on(trace, *sites, upsample=upsample, **options))
+                        maps.append(self.attribute(trace, *sites, upsample=upsample, **options))
         joined: Tensor = _joined(maps)
         return joined
 
-    def check(self, layer: object, options: Mapping[str, object], use: int = -1, reshape: object = None) -> None:
+    def check(self, layer: object, options: Mapping[str, object], call_index: int = -1, reshape: object = None) -> None:
         """Raise where a layer, what is said of one, or an option is given that this method does not take."""
-        of_layers = {"layer": layer, "use": None if use == -1 else use, "reshape": reshape}
+        of_layers = {"layer": layer, "call_index": None if call_index == -1 else call_index, "reshape": reshape}
         for name, given in of_layers.items():
             if self.layer is None and given is not None:
                 raise ConfigurationError(f"{self.name} explains pixels and takes no {name}; leave {name}={given!r} out")
-        if use != -1 and layer is None:
-            raise ConfigurationError(f"use={use} is a call of the layer that is named; pass layer=, too")
+        if call_index != -1 and layer is None:
+            raise ConfigurationError(f"call_index={call_index} is a call of the layer that is named; pass layer=, too")
         unknown = [name for name in options if name not in self.options]
         if unknown:
             known = ", ".join(self.options) or "none of its own"
             raise ConfigurationError(f"{self.name} has no option {unknown[0]!r}; it takes {known}")
 
-    def needs(self, *sites: Site | None) -> dict[Site, bool]:
+    def needs(self, *sites: HookPoint | None) -> dict[HookPoint, bool]:
         """The sites that a Trace must tap for this method, each with whether its gradient is wanted."""
         return {site: self.layer == "gradients" for site in sites if site is not None}
 
-    def on(self, trace: Trace, site: Site | None = None, *, upsample: bool = True, **options: Any) -> Tensor:
+    def attribute(
+        self, trace: Trace, site: HookPoint | None = None, *, upsample: bool = True, **options: Any
+    ) -> Tensor:
         """The maps of one open Trace, which was made for what this method needs.
 
         Args:
@@ -177,9 +181,9 @@ class Explainer:
         Returns:
             (N, H, W) float32 on the images' device.
         """
-        if self.under is not None and trace.under is not self.under:
-            with trace.within(self.under, input_gradients=self.inputs) as look:
-                return self.on(look, upsample=upsample, **options)
+        if self.context is not None and trace.context is not self.context:
+            with trace.rerun_in(self.context, input_gradients=self.inputs) as look:
+                return self.attribute(look, upsample=upsample, **options)
         if site is None:
             maps = self.function(trace, **options)
         else:
@@ -195,7 +199,7 @@ class Explainer:
                     "each; pass batch_size=1 where it sees them one by one, or make one of several with reshape="
                 )
             maps = self.function(trace, site, **options)
-        if self.coarse and upsample:
+        if self.upsampled and upsample:
             maps = _resized(maps, trace.images.shape[-2:])
         finished: Tensor = _finished(maps, trace.images.device)
         return finished
@@ -238,22 +242,22 @@ def explainer(
     *,
     layer: Literal["activations", "gradients"] | None = None,
     inputs: bool = False,
-    coarse: bool | None = None,
-    under: Under | None = None,
-    relative: bool = False,
+    upsampled: bool | None = None,
+    context: ContextFactory | None = None,
+    has_zero: bool = True,
 ) -> Callable[[Callable[..., Any]], Explainer]:
     """Make an explainer of a definition, ``function(trace, [layer,] **options) -> maps``.
 
     Args:
         layer: Whether it needs a layer's activations, or its gradients, too.
         inputs: Whether it needs the gradient towards the images.
-        coarse: Whether its maps are resized to the images unless ``upsample=False``; None: those of layers are.
-        under: Makes the context that its pass runs in, for a method without a layer; the Trace's ``mode`` is what it
+        upsampled: Whether its maps are resized to the images unless ``upsample=False``; None: those of layers are.
+        context: Makes the context that its pass runs in, for a method without a layer; the Trace's ``mode`` is what it
             gives.
-        relative: Whether its maps have no zero: only the differences between places say anything.
+        has_zero: Whether zero means anything in its maps; otherwise only differences between positions do.
 
     Returns:
         The decorator.
     """
-    resized = layer is not None if coarse is None else coarse
-    return lambda function: Explainer(function, layer, inputs, resized, under, relative)
+    resized = layer is not None if upsampled is None else upsampled
+    return lambda function: Explainer(function, layer, inputs, resized, context, has_zero)

@@ -7,14 +7,15 @@ from torch import Tensor
 
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.explain._explainer import explainer
-from lightning_interp.layers import linear_heads
-from lightning_interp.trace import Site, Trace
+from lightning_interp.model.hooks import HookPoint
+from lightning_interp.model.locate import linear_heads
+from lightning_interp.model.trace import Trace
 
 __all__ = ["cam", "gradcam", "gradcam_plus_plus", "hirescam", "layercam", "xgradcam"]
 
 
 @explainer(layer="activations")
-def cam(trace: Trace, layer: Site) -> Tensor:
+def cam(trace: Trace, layer: HookPoint) -> Tensor:
     r"""Class activation map: the exact share of each place in a class's logit.
 
     For a model that ends in global average pooling and one linear layer, or in pooled class maps (a fully
@@ -86,7 +87,7 @@ def cam(trace: Trace, layer: Site) -> Tensor:
 
 
 @explainer(layer="gradients")
-def gradcam(trace: Trace, layer: Site) -> Tensor:
+def gradcam(trace: Trace, layer: HookPoint) -> Tensor:
     r"""Grad-CAM: activations weighted by the mean gradient of the class score.
 
     .. math:: M(y, x) = \sum_c \alpha_c A_c(y, x), \qquad
@@ -119,7 +120,7 @@ def gradcam(trace: Trace, layer: Site) -> Tensor:
 
 
 @explainer(layer="gradients")
-def gradcam_plus_plus(trace: Trace, layer: Site) -> Tensor:
+def gradcam_plus_plus(trace: Trace, layer: HookPoint) -> Tensor:
     r"""Grad-CAM++: positive gradients, each place weighted so that several objects count alike.
 
     .. math:: M(y, x) = \sum_c w_c A_c(y, x), \qquad w_c = \sum_{y, x} \alpha_c(y, x) \max(g_c(y, x), 0), \qquad
@@ -160,7 +161,7 @@ def gradcam_plus_plus(trace: Trace, layer: Site) -> Tensor:
 
 
 @explainer(layer="gradients")
-def hirescam(trace: Trace, layer: Site) -> Tensor:
+def hirescam(trace: Trace, layer: HookPoint) -> Tensor:
     r"""HiResCAM: activations times gradients, place by place; what it shows was used by the model.
 
     .. math:: M(y, x) = \sum_c \frac{\partial s}{\partial A_c(y, x)} A_c(y, x)
@@ -195,7 +196,7 @@ def hirescam(trace: Trace, layer: Site) -> Tensor:
 
 
 @explainer(layer="gradients")
-def xgradcam(trace: Trace, layer: Site) -> Tensor:
+def xgradcam(trace: Trace, layer: HookPoint) -> Tensor:
     r"""XGrad-CAM: activations weighted by their channel's mean gradient, which counts where the channel is active.
 
     .. math:: M(y, x) = \sum_c w_c A_c(y, x), \qquad
@@ -231,7 +232,7 @@ def xgradcam(trace: Trace, layer: Site) -> Tensor:
 
 
 @explainer(layer="gradients")
-def layercam(trace: Trace, layer: Site) -> Tensor:
+def layercam(trace: Trace, layer: HookPoint) -> Tensor:
     r"""LayerCAM: activations times positive gradients, place by place; sharp in early layers, too.
 
     .. math:: M(y, x) = \sum_c \max\!\left(\frac{\partial s}{\partial A_c(y, x)}, 0\right) A_c(y, x)

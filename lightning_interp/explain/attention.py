@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.explain._checks import checked_number
 from lightning_interp.explain._explainer import explainer
-from lightning_interp.tokens import layout_of, to_grid
-from lightning_interp.trace import Trace
+from lightning_interp.model.hooks import FunctionMode
+from lightning_interp.model.layout import layout_of, to_grid
+from lightning_interp.model.trace import Trace
 
 __all__ = ["attention_rollout"]
 
@@ -25,23 +25,19 @@ _FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class _AttentionTap(TorchFunctionMode):
+class _AttentionTap(FunctionMode):
     """Keeps the attention probabilities of a pass, however attention is called; the pass gives what it gave."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[Tensor] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
+    def call(self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name == "multi_head_attention_forward":
-            return self._packed(func, args, kwargs)
-        result = func(*args, **kwargs)
+            return self._packed(function, args, kwargs)
+        result = function(*args, **kwargs)
         if name == "scaled_dot_product_attention":
-            self.found.append(_probabilities(func, *args, **kwargs))
+            self.found.append(_probabilities(function, *args, **kwargs))
         elif name == "softmax" and _is_attention(result, *args, **kwargs):
             self.found.append(result.detach())
         return result
@@ -56,7 +52,7 @@ class _AttentionTap(TorchFunctionMode):
         return output, weights.mean(1) if given.get("average_attn_weights", True) else weights
 
 
-@explainer(coarse=True, under=_AttentionTap)
+@explainer(upsampled=True, context=_AttentionTap)
 def attention_rollout(
     trace: Trace,
     *,

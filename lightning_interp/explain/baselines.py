@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_interp.errors import ConfigurationError, describe
 from lightning_interp.explain._checks import is_number
-from lightning_interp.trace import Trace
+from lightning_interp.model.trace import Trace
 
 __all__ = ["Baseline", "Baselines", "baseline_images", "draw", "streams"]
 
@@ -33,7 +33,7 @@ def streams(trace: Trace, generator: torch.Generator | None = None) -> list[torc
         One generator an image, on the CPU.
     """
     if generator is None:
-        seeds = list(range(trace.offset, trace.offset + len(trace.images)))
+        seeds = list(range(trace.first_index, trace.first_index + len(trace.images)))
     else:
         seeds = torch.randint(2**62, (len(trace.images),), generator=generator, device="cpu").tolist()
     return [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -91,11 +91,11 @@ def _given(trace: Trace, baseline: Tensor) -> Tensor:
     """A tensor that was given for one image, or for all that the look's were cut from."""
     images, own = trace.images, baseline
     if baseline.ndim == 4 and len(baseline) > 1:
-        own = baseline[trace.offset : trace.offset + len(images)]
+        own = baseline[trace.first_index : trace.first_index + len(images)]
         if len(own) != len(images):
             raise ConfigurationError(
                 f"a baseline for each image, or one for all, is expected; got {len(baseline)} for at least "
-                f"{trace.offset + len(images)} images"
+                f"{trace.first_index + len(images)} images"
             )
     try:
         return own.detach().to(images).expand_as(images)

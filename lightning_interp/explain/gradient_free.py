@@ -9,7 +9,8 @@ from torch.nn.functional import interpolate
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.explain._checks import checked_integer
 from lightning_interp.explain._explainer import explainer
-from lightning_interp.trace import Site, Trace
+from lightning_interp.model.hooks import HookPoint
+from lightning_interp.model.trace import Trace
 
 __all__ = ["ablationcam", "eigencam", "scorecam"]
 
@@ -20,7 +21,7 @@ _MOST_ELEMENTS = 2**24  # of activations that are ablated in one pass: 64 MiB
 
 
 @explainer(layer="activations")
-def eigencam(trace: Trace, layer: Site) -> Tensor:
+def eigencam(trace: Trace, layer: HookPoint) -> Tensor:
     r"""EigenCAM: the first principal component of the activations; the same for every target.
 
     .. math:: M(y, x) = \sum_c v_c \left(A_c(y, x) - \bar{A}_c\right)
@@ -72,7 +73,7 @@ def eigencam(trace: Trace, layer: Site) -> Tensor:
 
 
 @explainer(layer="activations")
-def scorecam(trace: Trace, layer: Site, *, n_channels: int | None = None, chunk_size: int | None = None) -> Tensor:
+def scorecam(trace: Trace, layer: HookPoint, *, n_channels: int | None = None, chunk_size: int | None = None) -> Tensor:
     r"""Score-CAM: activations weighted by the score that the image keeps where they mask it.
 
     .. math:: M(y, x) = \max\!\left(\sum_c w_c A_c(y, x), 0\right), \qquad w = \operatorname{softmax}_c\, s(I \odot H_c)
@@ -146,12 +147,12 @@ def _scores(trace: Trace, images: Tensor, row: int) -> Tensor:
 
 def _look(trace: Trace, images: Tensor, row: int) -> Tensor:
     rows = torch.full((len(images),), row, device=images.device)
-    with trace.again(images, rows, input_gradients=False) as look:
+    with trace.on_images(images, rows, input_gradients=False) as look:
         return look.scores.detach()
 
 
 @explainer(layer="activations")
-def ablationcam(trace: Trace, layer: Site, *, chunk_size: int | None = None) -> Tensor:
+def ablationcam(trace: Trace, layer: HookPoint, *, chunk_size: int | None = None) -> Tensor:
     r"""Ablation-CAM: activations weighted by how much of the score is lost without their channel.
 
     .. math:: M(y, x) = \sum_c w_c A_c(y, x), \qquad w_c = \frac{s - s_{A_c = 0}}{s}
@@ -192,9 +193,9 @@ def ablationcam(trace: Trace, layer: Site, *, chunk_size: int | None = None) -> 
     return torch.einsum("nc,nchw->nhw", weights.to(activations), activations)
 
 
-def _drops(trace: Trace, layer: Site, row: int, count: int, score: Tensor, chunk_size: int) -> Tensor:
+def _drops(trace: Trace, layer: HookPoint, row: int, count: int, score: Tensor, chunk_size: int) -> Tensor:
     """(C,) what the score of one image loses without each channel."""
-    passing = trace.passing(layer)
+    passing = trace.raw_activations(layer)
     grid = trace.activations(layer)
     # The same values, though the memory may be laid out otherwise; a view of itself is known without looking.
     same_memory = (passing.data_ptr(), passing.stride()) == (grid.data_ptr(), grid.stride())
@@ -211,7 +212,7 @@ def _drops(trace: Trace, layer: Site, row: int, count: int, score: Tensor, chunk
         ablated = own.expand(len(channels), *own.shape).clone()
         ablated[torch.arange(len(channels), device=channels.device), channels] = 0
         given = ablated if channels_first else ablated.movedim(1, -1)
-        drops[channels] = score - trace.replayed(layer, given, row)
+        drops[channels] = score - trace.scores_with_patched(layer, given, row)
     return drops
 
 

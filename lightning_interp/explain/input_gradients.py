@@ -14,7 +14,7 @@ from lightning_interp.errors import ConfigurationError
 from lightning_interp.explain._checks import checked_integer, checked_number
 from lightning_interp.explain._explainer import explainer
 from lightning_interp.explain.baselines import Baselines, baseline_images, draw, streams
-from lightning_interp.trace import Trace
+from lightning_interp.model.trace import Trace
 
 __all__ = ["input_x_gradient", "integrated_gradients", "saliency", "smoothgrad", "vargrad"]
 
@@ -252,7 +252,7 @@ def integrated_gradients(
             total.add_(gradients, alpha=weight)
         attributions += total * way / len(chosen)
         if return_error:
-            with trace.again(baseline, input_gradients=False) as before:
+            with trace.on_images(baseline, input_gradients=False) as before:
                 error -= (trace.scores - before.scores).detach().to(error) / len(chosen)
     maps = reduce_channels(attributions, channels)
     return (maps, error + attributions.sum((1, 2, 3))) if return_error else maps
@@ -298,7 +298,7 @@ def _gradients(trace: Trace, changed: Iterable[Tensor]) -> Iterator[Tensor]:
     copies = 1 if callable(trace.targets) else max(1, min(most, rows // n))
     copies_left = iter(changed)
     while some := list(islice(copies_left, copies)):
-        with trace.again(torch.cat(some), torch.arange(n, device=trace.images.device).repeat(len(some))) as look:
+        with trace.on_images(torch.cat(some), torch.arange(n, device=trace.images.device).repeat(len(some))) as look:
             found = look.input_gradients().float()
         yield from found.chunk(len(some))
 

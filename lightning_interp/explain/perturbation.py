@@ -15,7 +15,7 @@ from lightning_interp.explain._checks import checked_integer, checked_number, is
 from lightning_interp.explain._explainer import explainer
 from lightning_interp.explain._windows import Windowed
 from lightning_interp.explain.baselines import Baseline, baseline_images, streams
-from lightning_interp.trace import Trace
+from lightning_interp.model.trace import Trace
 
 __all__ = ["occlusion", "patch_boxes", "patch_starts", "rise", "spread"]
 
@@ -175,7 +175,7 @@ def spread(drops: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return total / covering
 
 
-@explainer(relative=True)
+@explainer(has_zero=False)
 def rise(
     trace: Trace,
     *,
@@ -311,12 +311,12 @@ def _seen(trace: Trace, images: Tensor, number: int, returns: Returns) -> Tensor
 
 def _said(trace: Trace, images: Tensor, number: int, returns: Returns) -> Tensor:
     rows = torch.full((len(images),), number, device=images.device)
-    with trace.again(images, rows, input_gradients=False) as look:
+    with trace.on_images(images, rows, input_gradients=False) as look:
         if returns in ("map", "drop"):
             return _plain(look.scores).float()
         logits = _plain(look.logits).float()
         if returns == "predicted":
-            return _plain(look.aim(None))  # type: ignore[arg-type]
+            return _plain(look.resolve_targets(None))  # type: ignore[arg-type]
         targets = look.targets
         if callable(targets):
             raise ConfigurationError(

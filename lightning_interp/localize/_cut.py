@@ -11,14 +11,14 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
-from lightning_interp.guard import preserved_streams, undisturbed
-from lightning_interp.tokens import Layout, layout_of, on_grid
-from lightning_interp.trace import Site, run_until
+from lightning_interp.model.hooks import HookPoint, run_until
+from lightning_interp.model.layout import Layout, layout_of, on_grid
+from lightning_interp.model.preserve import isolate_rng, preserve_state
 
 __all__ = ["cut"]
 
 
-def cut(model: nn.Module, images: Tensor, site: Site) -> nn.Module:
+def cut(model: nn.Module, images: Tensor, site: HookPoint) -> nn.Module:
     """Keep of a model what comes before a place.
 
     Three ways, the first that gives the very tensor that passes there: the model's own ``forward_features`` (timm), its
@@ -33,7 +33,7 @@ def cut(model: nn.Module, images: Tensor, site: Site) -> nn.Module:
         A module from images to (N, C, h, w) features, without the parameters that it does not need.
     """
     image_size = (images.shape[2], images.shape[3])
-    with undisturbed(model), torch.no_grad():
+    with preserve_state(model), torch.no_grad():
         wanted = run_until(model, images.clone(), site).clone()
     body = _own_features(model, images, wanted) or _graph(model, images, wanted) or _Until(model, images, site)
     layout = layout_of(wanted, image_size)
@@ -68,7 +68,7 @@ class _OwnFeatures(nn.Module):
 class _Until(nn.Module):
     """A model that is run until a place is reached."""
 
-    def __init__(self, model: nn.Module, images: Tensor, site: Site) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, site: HookPoint) -> None:
         super().__init__()
         _drop_unused(model, lambda: run_until(model, images.clone(), site))
         self.model, self.site = model, site
@@ -82,7 +82,7 @@ def _own_features(model: nn.Module, images: Tensor, wanted: Tensor) -> nn.Module
     forward = getattr(model, "forward_features", None)
     if not callable(forward):
         return None
-    with undisturbed(model), torch.no_grad():
+    with preserve_state(model), torch.no_grad():
         found = forward(images.clone())
     if not _same(found, wanted):
         return None
@@ -100,7 +100,7 @@ def _same(found: Any, wanted: Tensor) -> bool:
 def _drop_unused(model: nn.Module, features: Callable[[], Tensor]) -> None:
     """Put identities where no parameter takes part in the features: they would wait for gradients that never come."""
     parameters = list(model.parameters())
-    with undisturbed(model):
+    with preserve_state(model):
         for parameter in parameters:
             parameter.requires_grad_(parameter.is_floating_point())
         found = torch.autograd.grad(features().float().sum(), parameters, allow_unused=True)
@@ -131,7 +131,7 @@ def _graph(model: nn.Module, images: Tensor, wanted: Tensor) -> nn.Module | None
         for training in (False, True):
             model.train(training)
             root = copy.copy(model)  # tracing hangs its constants on the root, with numbers that go on
-            with preserved_streams():  # and it runs the model's own code
+            with isolate_rng():  # and it runs the model's own code
                 wholes.append(fx.GraphModule(root, fx.Tracer().trace(root), type(model).__name__))
         last = _last_equal(model, wholes[0], images, wanted)
         graph = _merged(*(_ended(whole.graph, last) for whole in wholes))
@@ -240,7 +240,7 @@ def _last_equal(model: nn.Module, whole: fx.GraphModule, images: Tensor, wanted:
                 found.append(n.name)
             return result
 
-    with undisturbed(model), torch.no_grad():
+    with preserve_state(model), torch.no_grad():
         Finder(whole).run(images.clone())
     return found[-1]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
 
-from lightning_interp.layers import linear_heads
+from lightning_interp.model.locate import linear_heads
 
 __all__ = ["LinearHead", "PooledMaps", "kept_head"]
 

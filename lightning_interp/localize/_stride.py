@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
-from torch.overrides import TorchFunctionMode
 
 from lightning_interp.errors import ConfigurationError
-from lightning_interp.guard import undisturbed
-from lightning_interp.layers import plain_name
-from lightning_interp.spatial import ATTENTIONS
-from lightning_interp.tokens import to_grid
-from lightning_interp.trace import Site, listening, run_until
+from lightning_interp.model.hooks import FunctionMode, HookPoint, run_until, tap
+from lightning_interp.model.layout import to_grid
+from lightning_interp.model.locate import ATTENTIONS, plain_name
+from lightning_interp.model.preserve import preserve_state
 
 __all__ = ["refine"]
 
 _STRIDED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
-def refine(model: nn.Module, images: Tensor, site: Site, output_stride: int) -> None:
+def refine(model: nn.Module, images: Tensor, site: HookPoint, output_stride: int) -> None:
     """Change a model's strided layers so that a place has finer maps.
 
     A layer that would make the stride larger than ``output_stride`` keeps its kernel and makes no stride; those after
@@ -74,7 +73,7 @@ def refine(model: nn.Module, images: Tensor, site: Site, output_stride: int) -> 
         )
 
 
-def _strides(model: nn.Module, images: Tensor, site: Site) -> tuple[int, list[tuple[str, Any, int]], bool]:
+def _strides(model: nn.Module, images: Tensor, site: HookPoint) -> tuple[int, list[tuple[str, Any, int]], bool]:
     """The map's height; the layers that can make stride, each with the height that enters it; if there is attention."""
     passed: dict[nn.Module, tuple[str, Any, int]] = {}  # by its first use
     watcher = _Watcher()
@@ -84,12 +83,12 @@ def _strides(model: nn.Module, images: Tensor, site: Site) -> tuple[int, list[tu
             passed.setdefault(module, (name, module, watcher.entered[type(module).__name__]))
 
     modules = {plain_name(name): each for name, each in model.named_modules() if type(each) in _STRIDED}
-    with undisturbed(model), torch.no_grad(), listening(modules, heard), watcher:
+    with preserve_state(model), torch.no_grad(), tap(modules, heard), watcher:
         found = to_grid(run_until(model, images.clone(), site), (images.shape[2], images.shape[3]))
     return found.shape[2], list(passed.values()), watcher.attends
 
 
-class _Watcher(TorchFunctionMode):
+class _Watcher(FunctionMode):
     """The height that entered the latest convolution and pooling, and whether anything attends."""
 
     _KINDS = {"conv2d": "Conv2d", "max_pool2d": "MaxPool2d", "avg_pool2d": "AvgPool2d"}  # noqa: RUF012
@@ -99,15 +98,12 @@ class _Watcher(TorchFunctionMode):
         self.entered: dict[str, int] = {}
         self.attends = False
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
+    def call(self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.attends |= name in ATTENTIONS
         kind = self._KINDS.get(name.removeprefix("_"))
         if kind is not None and args and isinstance(args[0], Tensor) and args[0].ndim == 4:
             self.entered[kind] = args[0].shape[2]
-        return func(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def _dilate(model: nn.Module, name: str, module: Any, rate: int, stride: int) -> None:

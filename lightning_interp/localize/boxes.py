@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.localize.components import component_tree
-from lightning_interp.localize.truth import Boxes, check_boxes, check_maps
+from lightning_interp.localize.ground_truth import Boxes, check_boxes, check_maps
 
 __all__ = [
     "Normalization",

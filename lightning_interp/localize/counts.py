@@ -10,7 +10,7 @@ from torchvision.ops import box_iou
 
 from lightning_interp.errors import ConfigurationError, describe
 from lightning_interp.localize.boxes import Normalization, box_hits, check_grid, normalize, threshold_grid
-from lightning_interp.localize.truth import Boxes, boxes_to_masks, check_boxes, check_maps, check_masks, is_mask
+from lightning_interp.localize.ground_truth import Boxes, boxes_to_masks, check_boxes, check_maps, check_masks, is_mask
 
 __all__ = [
     "TOLERANCE",

@@ -17,7 +17,7 @@ from lightning_interp.localize.counts import (
     pointing_rate,
     pointing_rows,
 )
-from lightning_interp.localize.truth import Boxes
+from lightning_interp.localize.ground_truth import Boxes
 
 __all__ = ["energy_pointing_game", "max_box_accuracy", "pixel_average_precision", "pointing_game"]
 

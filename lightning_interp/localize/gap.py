@@ -11,15 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_interp.errors import ConfigurationError, describe
-from lightning_interp.guard import undisturbed
-from lightning_interp.layers import find_layer, layer_name, original
 from lightning_interp.localize._cut import cut
 from lightning_interp.localize._heads import LinearHead, PooledMaps, kept_head
 from lightning_interp.localize._stride import refine
-from lightning_interp.outputs import checked_images, output_logits, run_model
-from lightning_interp.spatial import locate, locate_features, locate_last_convolution
-from lightning_interp.tokens import to_grid
-from lightning_interp.trace import Site, replacing, run_until
+from lightning_interp.model.hooks import HookPoint, replace, run_until
+from lightning_interp.model.layout import to_grid
+from lightning_interp.model.locate import (
+    find_layer,
+    layer_name,
+    locate,
+    locate_features,
+    locate_last_convolution,
+    original,
+)
+from lightning_interp.model.outputs import checked_images, output_logits, run_model
+from lightning_interp.model.preserve import preserve_state
 
 __all__ = ["GAPClassifier"]
 
@@ -177,7 +183,7 @@ def _noise(model: nn.Module, sample: Tensor | None) -> Tensor:
     return noise.to(like.device, like.dtype if sample is None else sample.dtype)
 
 
-def _site(model: nn.Module, images: Tensor, layer: str | None) -> Site:
+def _site(model: nn.Module, images: Tensor, layer: str | None) -> HookPoint:
     try:
         return locate_features(model, images) if layer is None else locate(model, layer)
     except (RuntimeError, AssertionError) as error:
@@ -187,16 +193,16 @@ def _site(model: nn.Module, images: Tensor, layer: str | None) -> Site:
         ) from error
 
 
-def _kept(model: nn.Module, images: Tensor, site: Site, dropout: float) -> nn.Module | None:
+def _kept(model: nn.Module, images: Tensor, site: HookPoint, dropout: float) -> nn.Module | None:
     """The model's own head, where it will do."""
     image_size = (images.shape[2], images.shape[3])
-    with undisturbed(model), torch.no_grad():
+    with preserve_state(model), torch.no_grad():
         there = run_until(model, images.clone(), site)
         # Noise in place of the features, of every scale the same: untrained networks leave nothing to compare.
         noise = torch.randn(there.shape, generator=torch.Generator().manual_seed(0)).to(there)
 
         def tail(features: Tensor) -> Tensor:
-            with replacing(site, lambda _: noise):
+            with replace(site, lambda _: noise):
                 return output_logits(run_model(model, images.clone(), None))
 
         features = to_grid(noise, image_size)
@@ -214,14 +220,14 @@ def _kept(model: nn.Module, images: Tensor, site: Site, dropout: float) -> nn.Mo
     return head
 
 
-def _up_to(model: nn.Module, images: Tensor, site: Site) -> nn.Module:
+def _up_to(model: nn.Module, images: Tensor, site: HookPoint) -> nn.Module:
     if isinstance(model, GAPClassifier) and site.module is model.features:
         return model.features
     return cut(model, images, site)
 
 
 def _number_of_classes(model: nn.Module, images: Tensor) -> int:
-    with undisturbed(model), torch.no_grad():
+    with preserve_state(model), torch.no_grad():
         logits = output_logits(run_model(model, images.clone(), None))
     if logits.ndim != 2:
         raise ConfigurationError(
@@ -233,7 +239,7 @@ def _number_of_classes(model: nn.Module, images: Tensor) -> int:
 def _new_head(
     features: nn.Module, images: Tensor, num_classes: int, conv_channels: int | None, dropout: float
 ) -> tuple[nn.Module, nn.Module]:
-    with undisturbed(features), torch.no_grad():
+    with preserve_state(features), torch.no_grad():
         there = features(images.clone())
     like: dict[str, Any] = {"device": there.device, "dtype": there.dtype}
     channels = there.shape[1]

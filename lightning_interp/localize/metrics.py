@@ -23,7 +23,7 @@ from lightning_interp.localize.counts import (
     pointing_rate,
     pointing_rows,
 )
-from lightning_interp.localize.truth import Boxes
+from lightning_interp.localize.ground_truth import Boxes
 
 __all__ = ["EnergyPointingGame", "LocalizationMetric", "MaxBoxAccuracy", "PixelAveragePrecision", "PointingGame"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from lightning_interp.records import Record
+from lightning_interp.sinks.records import Record
 
 __all__ = ["Sink"]
 

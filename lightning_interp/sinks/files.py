@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lightning_interp.records import Histogram, Picture, Record, Scalar, Text
+from lightning_interp.sinks.records import Histogram, Picture, Record, Scalar, Text
 
 __all__ = ["FileSink"]
 
@@ -26,7 +26,7 @@ class FileSink:
 
     Example:
         >>> import tempfile
-        >>> from lightning_interp.records import Scalar
+        >>> from lightning_interp.sinks.records import Scalar
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     sink = FileSink(Path(folder))
         ...     sink.write(Scalar("norms/weight/total", 1.5), step=3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_interp.records import Record
+from lightning_interp.sinks.records import Record
 
 __all__ = ["MemorySink"]
 
@@ -11,7 +11,7 @@ class MemorySink:
     """Keeps (step, record) pairs.
 
     Example:
-        >>> from lightning_interp.records import Scalar
+        >>> from lightning_interp.sinks.records import Scalar
         >>> sink = MemorySink()
         >>> sink.write(Scalar("norms/weight/total", 1.0), step=3)
         >>> sink.records

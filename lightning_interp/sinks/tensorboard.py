@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_interp.records import Histogram, Picture, Record, Scalar, ScalarLayout, Text
+from lightning_interp.sinks.records import Histogram, Picture, Record, Scalar, ScalarLayout, Text
 
 __all__ = ["TensorBoardSink"]
 
@@ -18,7 +18,7 @@ class TensorBoardSink:
     Example:
         >>> import tempfile
         >>> from torch.utils.tensorboard import SummaryWriter
-        >>> from lightning_interp.records import Scalar
+        >>> from lightning_interp.sinks.records import Scalar
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     writer = SummaryWriter(folder)
         ...     sink = TensorBoardSink(writer)

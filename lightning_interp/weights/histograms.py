@@ -5,16 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_interp.records import Histogram
-from lightning_interp.shards import whole
+from lightning_interp.model.sharding import full_tensor
 
-__all__ = ["Histograms", "histograms"]
+__all__ = ["BinCounts", "Histograms", "histograms"]
 
 _STATISTICS = 4  # lowest, highest, sum, sum of squares; the counts follow
+
+
+class BinCounts(NamedTuple):
+    """One histogram, on the CPU.
+
+    Args:
+        counts: (B,) float64: how many finite values fell into each bin.
+        edges: (B + 1,) float64, increasing.
+        total: Sum of the finite values.
+        total_of_squares: Sum of their squares.
+    """
+
+    counts: Tensor
+    edges: Tensor
+    total: float
+    total_of_squares: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,14 +47,11 @@ class Histograms:
     statistics: tuple[Tensor, ...]
     not_finite: tuple[Tensor, ...]
 
-    def records(self, prefix: str) -> Iterator[tuple[Histogram | None, int]]:
-        """Bring all to the CPU, in one transfer a device, as records and counts of values that are not finite.
-
-        Args:
-            prefix: Put before each name in its tag.
+    def to_cpu(self) -> Iterator[tuple[str, BinCounts | None, int]]:
+        """Bring all to the CPU, in one transfer a device.
 
         Yields:
-            A histogram, or None where no value is finite, and how many values are not.
+            A name, its histogram, or None where no value is finite, and how many values are not finite.
         """
         rows = _to_cpu(
             [torch.cat([row, lost[None]]) for row, lost in zip(self.statistics, self.not_finite, strict=True)]
@@ -47,7 +60,7 @@ class Histograms:
             low, high, total, squares = row[:_STATISTICS].tolist()
             counts, lost = row[_STATISTICS:-1], int(row[-1])
             if counts.sum() == 0:
-                yield None, lost
+                yield name, None, lost
                 continue
             if low == high:
                 # A constant has no width of its own: it stands in the middle of a bin.
@@ -55,7 +68,7 @@ class Histograms:
                 width = max(abs(low), 1.0) * 1e-3
                 low, high = low - width * (len(counts) // 2 + 0.5), low + width * (len(counts) - len(counts) // 2 - 0.5)
             edges = torch.linspace(low, high, len(counts) + 1, dtype=torch.float64)
-            yield Histogram(prefix + name, counts, edges, total, squares), lost
+            yield name, BinCounts(counts, edges, total, squares), lost
 
 
 @torch.no_grad()
@@ -74,16 +87,16 @@ def histograms(tensors: Mapping[str, Tensor], bins: int = 64) -> Histograms:
         ValueError: If ``bins`` is not positive.
 
     Example:
-        >>> found = histograms({"weight": torch.tensor([0.0, 1.0, 1.0, float("nan")])}, bins=2)
-        >>> [(record.counts.tolist(), lost) for record, lost in found.records("weights/")]
-        [([1.0, 2.0], 1)]
+        >>> counted = histograms({"weight": torch.tensor([0.0, 1.0, 1.0, float("nan")])}, bins=2)
+        >>> [(name, bins.counts.tolist(), not_finite) for name, bins, not_finite in counted.to_cpu()]
+        [('weight', [1.0, 2.0], 1)]
     """
     if bins < 1:
         raise ValueError(f"bins takes a positive integer, got {bins}")
     kept = {name: tensor.detach() for name, tensor in tensors.items() if tensor.numel() > 0}
     rows, lost = [], []
     for tensor in kept.values():
-        values = whole(tensor).reshape(-1)
+        values = full_tensor(tensor).reshape(-1)
         values = values if values.dtype in (torch.float32, torch.float64) else values.float()
         row, missing = _count(values, bins)
         rows.append(row)

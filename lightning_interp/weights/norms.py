@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_interp.errors import ConfigurationError
-from lightning_interp.layers import plain_name
-from lightning_interp.shards import piece, whole
+from lightning_interp.model.locate import plain_name
+from lightning_interp.model.sharding import full_tensor, local_shard
 
 __all__ = ["Layers", "check_order", "parameter_norms"]
 
@@ -109,11 +109,11 @@ def parameter_norms(tensors: Mapping[str, Tensor], order: float = 2.0) -> dict[s
     kept = {name: tensor.detach() for name, tensor in tensors.items() if tensor.numel() > 0}
     if not kept:
         return {}
-    sharded = [name for name, tensor in kept.items() if piece(tensor) is not tensor]
+    sharded = [name for name, tensor in kept.items() if local_shard(tensor) is not tensor]
     if sharded:
         norms = parameter_norms({name: tensor for name, tensor in kept.items() if name not in sharded}, order)
         for name in sharded:
-            norms |= parameter_norms({name: whole(kept[name])}, order)
+            norms |= parameter_norms({name: full_tensor(kept[name])}, order)
         return {name: norms[name] for name in kept}
     values = [each if each.dtype in (torch.float32, torch.float64) else each.float() for each in kept.values()]
     if order in (1.0, 2.0) or math.isinf(order):

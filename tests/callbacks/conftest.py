@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_interp.callbacks import reading
-from lightning_interp.callbacks.session import _sessions
+from lightning_interp.callbacks.run import trainer as reading
+from lightning_interp.callbacks.run.session import _sessions
 from lightning_interp.sinks import MemorySink
 
 # Lightning's own, each by its words: none of them speaks of anything that a test here is about.

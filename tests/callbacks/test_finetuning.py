@@ -11,20 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import finetuning_processes as processes
 import pytest
 import pytorch_lightning as pl
 import torch
-from finetuning_processes import SHAPE, Tiny, body, callback, classifier_of, rates, tiny
-from runs import dataset, differences, fingerprint, fit, loader, make_trainer, seed
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 
-from lightning_interp import _lightning
+from lightning_interp.callbacks import _lightning
 from lightning_interp.callbacks.finetuning import GAPHeadFinetuning
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.localize import GAPClassifier
-from tests.processes import play
+from tests.helpers import finetuning_processes as processes
+from tests.helpers.finetuning_processes import SHAPE, Tiny, body, callback, classifier_of, rates, tiny
+from tests.helpers.processes import HELPERS, play
+from tests.helpers.runs import dataset, differences, fingerprint, fit, loader, make_trainer, seed
 
 Configure = Callable[[Any], Any]
 
@@ -669,7 +669,7 @@ def test_fine_tuning_learns() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return play(Path(__file__).with_name("finetuning_processes.py"), tmp_path_factory.mktemp("ddp"))
+    return play(HELPERS / "finetuning_processes.py", tmp_path_factory.mktemp("ddp"))
 
 
 def two(folder: Path, scene: str) -> tuple[Any, Any]:

@@ -21,11 +21,11 @@ from lightning_interp.explain import (
     saliency,
     xgradcam,
 )
-from lightning_interp.spatial import locate
-from lightning_interp.trace import Trace
-from tests import references
-from tests.states import assert_same
-from tests.zoo import ANIMALS, CLASSES, Animal, Net, animal
+from lightning_interp.model.locate import locate
+from lightning_interp.model.trace import Trace
+from tests.helpers import references
+from tests.helpers.states import assert_same
+from tests.helpers.zoo import ANIMALS, CLASSES, Animal, Net, animal
 
 TARGETS = torch.tensor([0, 1, 2])
 GAPS = [each for each in ANIMALS if each.gap and each.name not in {"squeezenet", "one_logit", "one_logit_flat"}]
@@ -248,7 +248,7 @@ def test_gradcam_plus_plus_is_the_papers_and_not_torchcams() -> None:
 
 def _without_denominator(kind: Animal, targets: Tensor) -> Tensor:
     site = locate(kind.model, "layer4")
-    with Trace(kind.model, kind.images(), targets, layers={site: True}) as trace:
+    with Trace.record(kind.model, kind.images(), targets, layers={site: True}) as trace:
         activations, gradients = trace.activations(site), trace.gradients(site)
     weights = (gradients.square() * gradients.relu()).sum((2, 3))
     return torch.einsum("nc,nchw->nhw", weights, activations).relu()

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.explain import attention_rollout
 from lightning_interp.explain.attention import _AttentionTap, _probabilities
-from tests import references
-from tests.states import unchanged, unsettle
-from tests.zoo import CLASSES, Animal, Net, animal
+from tests.helpers import references
+from tests.helpers.states import unchanged, unsettle
+from tests.helpers.zoo import CLASSES, Animal, Net, animal
 
 TRANSFORMERS = pytest.mark.parametrize("kind", [animal("vit"), animal("timm_vit")], ids=lambda each: each.name)
 

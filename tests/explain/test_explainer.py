@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.explain import eigencam, gradcam, guided_gradcam, saliency, scorecam
-from tests.states import assert_same, unchanged
-from tests.zoo import Net
+from tests.helpers.states import assert_same, unchanged
+from tests.helpers.zoo import Net
 
 IMAGES = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -67,15 +67,15 @@ def test_targets_that_are_no_classes(targets: Any, came: str) -> None:
 @pytest.mark.parametrize(
     ("explainer", "options", "message"),
     [
-        (gradcam, {"use": 1}, r"use=1 is a call of the layer that is named; pass layer="),
-        (saliency, {"use": 5}, "saliency explains pixels and takes no use; leave use=5 out"),
+        (gradcam, {"call_index": 1}, r"call_index=1 is a call of the layer that is named; pass layer="),
+        (saliency, {"call_index": 5}, "saliency explains pixels and takes no call_index; leave call_index=5 out"),
         (saliency, {"reshape": abs}, "saliency explains pixels and takes no reshape"),
     ],
 )
 def test_what_would_be_ignored_is_refused(explainer: Any, options: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         explainer(Net(), IMAGES, 1, **options)
-    saliency(Net(), IMAGES, 1, layer=None, use=-1, reshape=None, upsample=False)  # says nothing
+    saliency(Net(), IMAGES, 1, layer=None, call_index=-1, reshape=None, upsample=False)  # says nothing
 
 
 @pytest.mark.parametrize(

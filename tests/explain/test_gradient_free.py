@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.explain import ablationcam, eigencam, gradient_free, scorecam
-from lightning_interp.spatial import locate
-from lightning_interp.trace import Trace
-from tests import references
+from lightning_interp.model.locate import locate
+from lightning_interp.model.trace import Trace
 from tests.explain.test_activation_maps import as_peers, averaged, grid, peers
-from tests.states import assert_same, unchanged
-from tests.zoo import Net, animal
+from tests.helpers import references
+from tests.helpers.states import assert_same, unchanged
+from tests.helpers.zoo import Net, animal
 
 TARGETS = torch.tensor([0, 1, 2])
 
@@ -81,7 +81,7 @@ def test_eigencams_sign_is_no_chance_where_activations_are_equally_strong_everyw
 def test_eigencams_sign_follows_the_activations_and_targets_change_nothing() -> None:
     kind = animal("resnet")
     site = locate(kind.model, "layer3")
-    with Trace(kind.model, kind.images(), 0, layers={site: False}) as trace:
+    with Trace.record(kind.model, kind.images(), 0, layers={site: False}) as trace:
         strength = trace.activations(site).sum(1)
     maps = eigencam(kind.model, kind.images(), 0, layer="layer3", upsample=False)
     assert ((maps * strength).sum((1, 2)) > 0).all()
@@ -275,7 +275,7 @@ def test_a_function_that_is_no_module_is_ablated() -> None:
 def test_of_a_linear_head_the_weights_are_its_shares() -> None:
     kind = animal("plain")
     site = locate(kind.model, "second")
-    with Trace(kind.model, kind.images(), 1, layers={site: False}) as trace:
+    with Trace.record(kind.model, kind.images(), 1, layers={site: False}) as trace:
         activations, scores = trace.activations(site), trace.scores
     shares = kind.model.head.weight[1] * activations.mean((2, 3)) / scores[:, None]
     expected = torch.einsum("nc,nchw->nhw", shares, activations).detach()

@@ -18,9 +18,9 @@ from lightning_interp.explain import (
     smoothgrad,
     vargrad,
 )
-from tests import references
-from tests.states import assert_same, unchanged
-from tests.zoo import Net, animal
+from tests.helpers import references
+from tests.helpers.states import assert_same, unchanged
+from tests.helpers.zoo import Net, animal
 
 TARGETS = torch.tensor([0, 1, 2])
 

@@ -18,9 +18,9 @@ from lightning_interp.errors import ConfigurationError
 from lightning_interp.explain import occlusion, perturbation, rise
 from lightning_interp.explain._windows import Windowed
 from lightning_interp.explain.perturbation import patch_starts
-from tests import references
-from tests.states import assert_same, unchanged
-from tests.zoo import ANIMALS, Animal, Net, animal
+from tests.helpers import references
+from tests.helpers.states import assert_same, unchanged
+from tests.helpers.zoo import ANIMALS, Animal, Net, animal
 
 TARGETS = torch.tensor([0, 1, 2])
 

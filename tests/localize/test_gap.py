@@ -16,8 +16,8 @@ from torchvision import models
 from docs import localizers
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.localize import GAPClassifier
-from tests.states import unchanged
-from tests.zoo import ANIMALS, CLASSES, Animal, Checkpointed, Flattening, Net, animal, convnext, swin, vgg, vit
+from tests.helpers.states import unchanged
+from tests.helpers.zoo import ANIMALS, CLASSES, Animal, Checkpointed, Flattening, Net, animal, convnext, swin, vgg, vit
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 adapt = GAPClassifier.from_classifier

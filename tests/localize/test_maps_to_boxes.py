@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ref_sweep import coarse_maps, components_at, iou, largest_at, smooth_maps
 from torch import Tensor
 
 from lightning_interp import ConfigurationError
 from lightning_interp.localize import fit_threshold, maps_to_boxes, maps_to_masks
 from lightning_interp.localize.boxes import best_threshold, normalize, threshold_grid
 from lightning_interp.localize.components import component_tree
+from tests.helpers.box_sweep import coarse_maps, components_at, iou, largest_at, smooth_maps
 
 
 def gaussian(size: int, x: float, y: float, sigma: float) -> Tensor:

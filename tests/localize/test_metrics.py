@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ref_sweep import all_contour_boxes, coarse_maps, components_at, contour_boxes, iou, smooth_maps
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_average_precision
@@ -32,6 +31,7 @@ from lightning_interp.localize import (
     pointing_game,
 )
 from lightning_interp.localize.boxes import threshold_grid
+from tests.helpers.box_sweep import all_contour_boxes, coarse_maps, components_at, contour_boxes, iou, smooth_maps
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 FOUND = (DATA / "oxford-iiit-pet" / "annotations" / "boxes.csv").exists()

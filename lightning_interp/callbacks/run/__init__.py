@@ -1,0 +1,1 @@
+"""How monitors run: what happens during one run of a Trainer, and when."""

@@ -1,0 +1,1 @@
+"""What a model is explained on: fixed images, batches, annotations."""

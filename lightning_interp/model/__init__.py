@@ -1,0 +1,1 @@
+"""Looking into one ``nn.Module``, and leaving it as it was."""
