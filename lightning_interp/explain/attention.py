@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_interp.checks import check_number
 from lightning_interp.errors import ConfigurationError
-from lightning_interp.explain._checks import checked_number
 from lightning_interp.explain._explainer import explainer
 from lightning_interp.model.hooks import FunctionMode
 from lightning_interp.model.layout import layout_of, to_grid
@@ -98,7 +98,7 @@ def attention_rollout(
     if head_fusion not in _FUSIONS:
         raise ConfigurationError(f"head_fusion takes 'mean', 'max' or 'min', got {head_fusion!r}")
     takes = "a share, at least 0 and less than 1"
-    discard_ratio = checked_number("discard_ratio", discard_ratio, takes, lambda share: 0 <= share < 1)
+    discard_ratio = check_number("discard_ratio", discard_ratio, takes, lambda share: 0 <= share < 1)
     if query not in ("first", "mean", None):
         raise ConfigurationError(f"query takes 'first', 'mean' or None, got {query!r}")
     fused = [_FUSIONS[head_fusion](each.float()) for each in _attentions(trace)]

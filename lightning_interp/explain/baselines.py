@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_interp.checks import is_number
 from lightning_interp.errors import ConfigurationError, describe
-from lightning_interp.explain._checks import is_number
 from lightning_interp.model.trace import Trace
 
 __all__ = ["Baseline", "Baselines", "baseline_images", "draw", "streams"]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from lightning_interp.checks import check_integer
 from lightning_interp.errors import ConfigurationError
-from lightning_interp.explain._checks import checked_integer
 from lightning_interp.explain._explainer import explainer
 from lightning_interp.model.hooks import HookPoint
 from lightning_interp.model.trace import Trace
@@ -110,9 +110,9 @@ def scorecam(trace: Trace, layer: HookPoint, *, n_channels: int | None = None, c
         2020.
     """
     rows = _ROWS.get(trace.images.device.type, _MORE_ROWS)
-    chunk_size = rows if chunk_size is None else checked_integer("chunk_size", chunk_size)
+    chunk_size = rows if chunk_size is None else check_integer("chunk_size", chunk_size)
     if n_channels is not None:
-        n_channels = checked_integer("n_channels", n_channels)
+        n_channels = check_integer("n_channels", n_channels)
     activations = trace.activations(layer).float()
     scores = [_masked_scores(trace, maps, row, n_channels, chunk_size) for row, maps in enumerate(activations)]
     return torch.einsum("nc,nchw->nhw", torch.stack(scores).softmax(1), activations).relu()
@@ -186,7 +186,7 @@ def ablationcam(trace: Trace, layer: HookPoint, *, chunk_size: int | None = None
     """
     activations = trace.activations(layer).float()
     most = max(1, _MOST_ELEMENTS // activations[0].numel())
-    chunk_size = most if chunk_size is None else checked_integer("chunk_size", chunk_size)
+    chunk_size = most if chunk_size is None else check_integer("chunk_size", chunk_size)
     scores = trace.scores.detach()
     drops = [_drops(trace, layer, row, activations.shape[1], scores[row], chunk_size) for row in range(len(scores))]
     weights = torch.where(scores[:, None] == 0, 0, torch.stack(drops) / scores[:, None])

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_interp.checks import check_integer, check_number
 from lightning_interp.errors import ConfigurationError
-from lightning_interp.explain._checks import checked_integer, checked_number
 from lightning_interp.explain._explainer import explainer
 from lightning_interp.explain.baselines import Baselines, baseline_images, draw, streams
 from lightning_interp.model.trace import Trace
@@ -129,7 +129,7 @@ def smoothgrad(
         Smilkov et al., SmoothGrad: removing noise by adding noise, 2017.
     """
     check_channels(channels)
-    n_samples = checked_integer("n_samples", n_samples)
+    n_samples = check_integer("n_samples", n_samples)
     total = torch.zeros_like(trace.images, dtype=torch.float32)
     for gradients in _gradients(trace, _noisy(trace, n_samples, noise_level, generator)):
         total += gradients
@@ -178,7 +178,7 @@ def vargrad(
         Workshop 2018.
     """
     check_channels(channels)
-    n_samples = checked_integer("n_samples", n_samples)
+    n_samples = check_integer("n_samples", n_samples)
     mean = torch.zeros_like(trace.images, dtype=torch.float32)
     squares = torch.zeros_like(mean)
     for count, gradients in enumerate(_gradients(trace, _noisy(trace, n_samples, noise_level, generator)), start=1):
@@ -260,7 +260,7 @@ def integrated_gradients(
 
 def _quadrature(method: str, n_steps: int) -> tuple[list[float], list[float]]:
     """Where in [0, 1] an integrand is looked at, and the weight of each look."""
-    n_steps = checked_integer("n_steps", n_steps, least=2 if method == "trapezoid" else 1)
+    n_steps = check_integer("n_steps", n_steps, least=2 if method == "trapezoid" else 1)
     if method == "gausslegendre":
         points, weights = np.polynomial.legendre.leggauss(n_steps)
         return ((points + 1) / 2).tolist(), (weights / 2).tolist()
@@ -275,7 +275,7 @@ def _quadrature(method: str, n_steps: int) -> tuple[list[float], list[float]]:
 def _noisy(trace: Trace, n_samples: int, noise_level: float, generator: torch.Generator | None) -> Iterator[Tensor]:
     """Noisy copies of all images, (N, C, H, W) each."""
     takes = "a share of the image's range, at least 0"
-    noise_level = checked_number("noise_level", noise_level, takes, lambda share: share >= 0)
+    noise_level = check_number("noise_level", noise_level, takes, lambda share: share >= 0)
     images = trace.images
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     sigma = noise_level * (high - low)

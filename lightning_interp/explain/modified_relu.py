@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from lightning_interp.checks import is_integer
 from lightning_interp.errors import ConfigurationError
-from lightning_interp.explain._checks import is_integer
 from lightning_interp.explain._explainer import explainer
 from lightning_interp.explain.activation_maps import gradcam
 from lightning_interp.explain.input_gradients import Channels, check_channels, reduce_channels

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from lightning_interp.checks import check_integer, check_number, is_integer, is_number
 from lightning_interp.errors import ConfigurationError, describe
-from lightning_interp.explain._checks import checked_integer, checked_number, is_integer, is_number
 from lightning_interp.explain._explainer import explainer
 from lightning_interp.explain._windows import Windowed
 from lightning_interp.explain.baselines import Baseline, baseline_images, streams
@@ -219,8 +219,8 @@ def rise(
     Reference:
         Petsiuk et al., RISE: Randomized Input Sampling for Explanation of Black-box Models, BMVC 2018.
     """
-    n_masks, grid = checked_integer("n_masks", n_masks), checked_integer("grid", grid)
-    p = checked_number("p", p, "a share of open cells above 0, at most 1", lambda share: 0 < share <= 1)
+    n_masks, grid = check_integer("n_masks", n_masks), check_integer("grid", grid)
+    p = check_number("p", p, "a share of open cells above 0, at most 1", lambda share: 0 < share <= 1)
     if score not in ("logit", "probability"):
         raise ConfigurationError(f"score takes 'logit' or 'probability', got {score!r}")
     images = trace.images
