@@ -260,7 +260,7 @@ def integrated_gradients(
 
 def _quadrature(method: str, n_steps: int) -> tuple[list[float], list[float]]:
     """Where in [0, 1] an integrand is looked at, and the weight of each look."""
-    n_steps = check_integer("n_steps", n_steps, least=2 if method == "trapezoid" else 1)
+    n_steps = check_integer("n_steps", n_steps, minimum=2 if method == "trapezoid" else 1)
     if method == "gausslegendre":
         points, weights = np.polynomial.legendre.leggauss(n_steps)
         return ((points + 1) / 2).tolist(), (weights / 2).tolist()
