@@ -29,11 +29,14 @@ ALLOWED: dict[str, set[str]] = {
     "callbacks": {"callbacks"},
     "callbacks._lightning": set(),
     "callbacks.schedule": set(),
-    "callbacks.contract": {"callbacks._lightning", "callbacks.schedule", "model", "data", "sinks.records"},
-    "callbacks.run": {"callbacks._lightning", "callbacks.schedule", "callbacks.contract", "model", "data", "sinks"},
+    "callbacks.inputs": {"callbacks._lightning", "model", "data"},
+    "callbacks.contract": {
+        *("callbacks._lightning", "callbacks.inputs", "callbacks.schedule", "model", "data", "sinks.records"),
+    },
+    "callbacks.run": {"callbacks._lightning", "callbacks.contract", "callbacks.inputs", "model", "data", "sinks"},
     "callbacks.monitors": {
-        *("callbacks._lightning", "callbacks.contract", "model", "data", "explain", "localize", "weights", "render"),
-        "sinks.records",
+        *("callbacks._lightning", "callbacks.contract", "callbacks.inputs", "model", "data", "explain", "localize"),
+        *("render", "sinks.records", "weights"),
     },
     "callbacks.parameter_groups": set(),
     "callbacks.finetuning": {"callbacks._lightning", "callbacks.parameter_groups", "localize", "model"},

@@ -1,4 +1,4 @@
-"""The only door to ``lightning.pytorch`` and ``pytorch_lightning``, whichever is installed."""
+"""The only import of ``lightning.pytorch`` and ``pytorch_lightning``, whichever is installed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from lightning_utilities.core.apply_func import apply_to_collection
+
 if TYPE_CHECKING:
     from lightning_utilities.core.rank_zero import rank_zero_info
     from pytorch_lightning import Callback, LightningModule, Trainer
     from pytorch_lightning.callbacks import BaseFinetuning
 
-__all__ = ["BaseFinetuning", "Callback", "LightningModule", "Trainer", "rank_zero_info"]
+__all__ = ["BaseFinetuning", "Callback", "LightningModule", "Trainer", "apply_to_collection", "rank_zero_info"]
 
 
 def _installed(name: str) -> ModuleType | None:
@@ -24,7 +26,7 @@ def _installed(name: str) -> ModuleType | None:
 
 
 if not TYPE_CHECKING:
-    _packages = [found for found in map(_installed, ("lightning.pytorch", "pytorch_lightning")) if found is not None]
+    _packages = [package for name in ("lightning.pytorch", "pytorch_lightning") if (package := _installed(name))]
     if not _packages:
         raise ModuleNotFoundError(
             "lightning_interp's callbacks need PyTorch Lightning; install it with: pip install pytorch-lightning"
@@ -34,7 +36,7 @@ if not TYPE_CHECKING:
     rank_zero_info = importlib.import_module(f"{_packages[-1].__name__}.utilities.rank_zero").rank_zero_info
 
     class Callback(*(package.Callback for package in _packages)):
-        """A callback in the eyes of every Lightning that is installed: each package checks for its own class."""
+        """A callback of every Lightning that is installed: each package checks for its own class."""
 
     class BaseFinetuning(*(package.callbacks.BaseFinetuning for package in _packages)):
-        """The base of callbacks that freeze and unfreeze, in the eyes of every Lightning that is installed."""
+        """The base of callbacks that freeze and unfreeze, of every Lightning that is installed."""

@@ -1,10 +1,10 @@
-"""All five monitors at once."""
+"""The five monitors that suit most models."""
 
 from __future__ import annotations
 
 from typing_extensions import Unpack
 
-from lightning_interp.callbacks.base import Monitor, MonitorOptions, ProbeMonitorOptions
+from lightning_interp.callbacks.contract import Monitor, MonitorOptions, ProbeMonitorOptions
 from lightning_interp.callbacks.monitors.cam import CAMMonitor
 from lightning_interp.callbacks.monitors.filters import FilterMonitor
 from lightning_interp.callbacks.monitors.norms import NormMonitor
@@ -15,11 +15,11 @@ __all__ = ["default_monitors"]
 
 
 def default_monitors(**options: Unpack[ProbeMonitorOptions]) -> list[Monitor]:
-    """Grad-CAM, saliency, first filters, weight histograms and norms, looking at one probe together.
+    """Return Grad-CAM, saliency, first filters, weight histograms and norms, on one shared probe.
 
     Args:
-        **options: What every monitor takes (``every_n_epochs``, ``at_epochs``, ``every_n_train_steps``, ``at_start``,
-            ``name``, ``on_error``), and what those that look at images take (``probe``, ``predict``, ``unpack``).
+        **options: The options of every monitor (``every_n_epochs``, ``at_epochs``, ``every_n_train_steps``,
+            ``at_start``, ``name``, ``on_error``), and of those with a probe (``probe``, ``predict``, ``unpack``).
 
     Returns:
         Five callbacks for ``Trainer(callbacks=...)``.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from lightning_interp.sinks.base import Sink
 from lightning_interp.sinks.records import Histogram, Picture, Record, Scalar, Text
 
 __all__ = ["FileSink"]
@@ -18,7 +19,7 @@ _COLUMNS = {
 }
 
 
-class FileSink:
+class FileSink(Sink):
     """Writes ``<tag>/<step>.png`` and ``.md``, ``scalars.csv`` and ``histograms.csv`` into a folder.
 
     Args:
@@ -35,7 +36,11 @@ class FileSink:
         ['step,tag,value', '3,norms/weight/total,1.5']
     """
 
-    def __init__(self, folder: Path) -> None:
+    accepts = frozenset({Picture, Scalar, Histogram, Text})
+
+    def __init__(self, folder: Path, accepts=None) -> None:
+        if accepts is not None:
+            self.accepts = frozenset(accepts)
         self.folder = Path(folder)
         self._rows: dict[str, list[tuple[object, ...]]] = {name: [] for name in _COLUMNS}
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from lightning_interp.sinks.records import Record
+from lightning_interp.sinks.base import Sink
+from lightning_interp.sinks.records import Histogram, Picture, Record, Scalar, ScalarLayout, Text
 
 __all__ = ["MemorySink"]
 
 
-class MemorySink:
+class MemorySink(Sink):
     """Keeps (step, record) pairs.
 
     Example:
@@ -17,6 +18,8 @@ class MemorySink:
         >>> sink.records
         [(3, Scalar(tag='norms/weight/total', value=1.0))]
     """
+
+    accepts = frozenset({Picture, Scalar, Histogram, Text, ScalarLayout})
 
     def __init__(self) -> None:
         self.records: list[tuple[int, Record]] = []

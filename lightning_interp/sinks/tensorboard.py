@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_interp.sinks.base import Sink
 from lightning_interp.sinks.records import Histogram, Picture, Record, Scalar, ScalarLayout, Text
 
 __all__ = ["TensorBoardSink"]
 
 
-class TensorBoardSink:
+class TensorBoardSink(Sink):
     """Writes to the ``SummaryWriter`` of a TensorBoard logger; the writer stays the logger's.
 
     Args:
@@ -26,6 +27,13 @@ class TensorBoardSink:
         ...     sink.flush()
         ...     writer.close()
     """
+
+    accepts = frozenset({Picture, Scalar, Histogram, Text, ScalarLayout})
+
+    @classmethod
+    def for_logger(cls, logger):
+        e = getattr(logger, "experiment", None)
+        return cls(e) if cls.takes(e) else None
 
     def __init__(self, writer: Any) -> None:
         self._writer = writer

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from lightning_interp.callbacks.run import trainer as reading
-from lightning_interp.callbacks.run.session import _sessions
+from lightning_interp.callbacks.contract import Monitor
+from lightning_interp.callbacks.run.coordinator import Coordinator
 from lightning_interp.sinks import MemorySink
+from tests.helpers.runs import TRAINER, loggers
 
 # Lightning's own, each by its words: none of them speaks of anything that a test here is about.
 _LIGHTNINGS_OWN = [
@@ -34,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Quiet, on few threads, in a folder of its own, and with no session left behind."""
+    """Quiet, on few threads, in a folder of its own, and with no coordinator left behind."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -42,16 +44,20 @@ def _surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
+    trainers: list[Any] = []
+    attach = Monitor.attach
+    monkeypatch.setattr(Monitor, "attach", lambda trainer, stage: (trainers.append(trainer), attach(trainer, stage)))
     yield
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
     torch.set_num_threads(threads)
-    assert not _sessions, "a session outlived its run"
+    left = [trainer for trainer in trainers if any(isinstance(each, Coordinator) for each in trainer.callbacks)]
+    assert not left, "a coordinator outlived its run"
 
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> MemorySink:
-    """Everything that is written, instead of files."""
+    """What is written by every Trainer that names no other logger."""
     sink = MemorySink()
-    monkeypatch.setattr(reading, "sinks", lambda trainer: [sink])
+    monkeypatch.setitem(TRAINER, "logger", loggers(sink))
     return sink

@@ -6,7 +6,6 @@ import functools
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 
 import lightning_interp
 from lightning_interp import CAMMonitor, default_monitors
-from lightning_interp.callbacks import Monitor
-from lightning_interp.callbacks.run import trainer as reading
-from lightning_interp.callbacks.run.session import _sessions
+from lightning_interp.callbacks import Monitor, ProbeMonitor
+from lightning_interp.callbacks.run.coordinator import Coordinator
 from lightning_interp.localize import GAPClassifier
 from lightning_interp.localize._heads import LinearHead
 from lightning_interp.sinks import MemorySink
+from tests.helpers.runs import TRAINER, loggers
 
 CLASSES = 3
 PUBLIC = [getattr(lightning_interp, name) for name in lightning_interp.__all__]
@@ -32,7 +31,7 @@ MONITORS: list[type[Monitor]] = [each for each in PUBLIC if isinstance(each, typ
 
 
 def single(kind: type[Monitor], **options: Any) -> list[Monitor]:
-    return [kind(**options, **({"probe": 3} if kind.uses_probe else {}))]
+    return [kind(**options, **({"probe": 3} if issubclass(kind, ProbeMonitor) else {}))]
 
 
 # What is watched: each exported monitor by itself, and those that most users take, together.
@@ -417,8 +416,8 @@ class Recorder(pl.Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.take("train end", trainer)
-        session = _sessions.get(trainer)
-        self.probes = [] if session is None else [bits(each.images) for each in session._probes.values()]
+        running = [callback for callback in trainer.callbacks if isinstance(callback, Coordinator)]
+        self.probes = [bits(probe.images) for each in running for probe in each.probes._probes.values() if probe]
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.take("teardown", trainer)
@@ -445,17 +444,6 @@ class Leg:
     probes: list[Any]
 
 
-@contextmanager
-def written(sink: Any) -> Any:
-    """Everything goes to this sink."""
-    kept = reading.sinks
-    reading.sinks = lambda trainer: [sink]
-    try:
-        yield
-    finally:
-        reading.sinks = kept
-
-
 def train(setting: Setting, watched: Callable[..., list[Any]] | None, checkpoint: Any, **trainer: Any) -> list[Leg]:
     """Train in a setting, with what is watched or without, from one seed.
 
@@ -475,24 +463,14 @@ def train(setting: Setting, watched: Callable[..., list[Any]] | None, checkpoint
         random.seed(7 + number)
         recorder, sink = Recorder(), MemorySink()
         monitors = [] if watched is None else [*watched(**setting.options), *setting.beside()]
-        settings: dict[str, Any] = {
-            "max_epochs": 2,
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": False,
-            "log_every_n_steps": 1,
-        }
+        settings: dict[str, Any] = {**TRAINER, "logger": loggers(sink)}
         settings |= {**setting.trainer, **leg, **trainer}
         steps = settings.pop("stop", None)
         stops = [] if steps is None else [Stop(steps, checkpoint)]
-        with written(sink):
-            runner = pl.Trainer(callbacks=[*setting.callbacks(), *monitors, recorder, *stops], **settings)
-            runner.fit(setting.module(), *setting.loaders(), ckpt_path=checkpoint if number else None)
-            if len(setting.legs) > number + 1 and not stops:
-                runner.save_checkpoint(checkpoint)
+        runner = pl.Trainer(callbacks=[*setting.callbacks(), *monitors, recorder, *stops], **settings)
+        runner.fit(setting.module(), *setting.loaders(), ckpt_path=checkpoint if number else None)
+        if len(setting.legs) > number + 1 and not stops:
+            runner.save_checkpoint(checkpoint)
         legs.append(Leg(recorder.snapshots, sink.records, recorder.probes))
     return legs
 

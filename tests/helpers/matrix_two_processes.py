@@ -29,7 +29,7 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         quiet()
-        warnings.filterwarnings("ignore", message=".*rests from here on")
+        warnings.filterwarnings("ignore", message=".*is disabled from here on")
         warnings.filterwarnings("ignore", message=".*sync_dist")
         for setting, watched in cases:
             before = alone(setting)

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from lightning_interp.callbacks.run.coordinator import Coordinator
 from lightning_interp.localize import GAPClassifier
 from lightning_interp.localize._heads import LinearHead
-from lightning_interp.sinks import MemorySink
+from lightning_interp.sinks import MemorySink, Sink, register
 
 CLASSES = 3
 
@@ -176,19 +178,49 @@ def loader(data: Any, shuffle: bool = False, **options: Any) -> DataLoader[Any]:
     return DataLoader(data, batch_size=4, shuffle=shuffle, **options)
 
 
+class SinkLogger(DummyLogger):
+    """A logger to which a sink belongs."""
+
+    def __init__(self, sink: Sink) -> None:
+        super().__init__()
+        self.sink = sink
+
+
+@register
+class PassedSink(MemorySink):
+    """Gives the sink that a test passes with its logger."""
+
+    @classmethod
+    def for_logger(cls, logger: object) -> Any:
+        return logger.sink if isinstance(logger, SinkLogger) else None
+
+
+def loggers(*sinks: Sink) -> list[SinkLogger]:
+    """Loggers for ``Trainer(logger=...)`` that pass these sinks."""
+    return [SinkLogger(sink) for sink in sinks]
+
+
+# The options of every Trainer that a test makes, where it says nothing else.
+TRAINER: dict[str, Any] = {
+    "max_epochs": 2,
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "log_every_n_steps": 1,
+}
+
+
 def make_trainer(monitors: Sequence[Any] = (), *, package: Any = pl, **options: Any) -> Any:
-    settings: dict[str, Any] = {
-        "max_epochs": 2,
-        "callbacks": list(monitors),
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "log_every_n_steps": 1,
-    }
-    return package.Trainer(**(settings | options))
+    return package.Trainer(**(TRAINER | {"callbacks": list(monitors)} | options))
+
+
+def coordinator(trainer: Any) -> Coordinator:
+    """What runs the monitors of a Trainer during a run."""
+    (running,) = [callback for callback in trainer.callbacks if isinstance(callback, Coordinator)]
+    return running
 
 
 def seed(number: int = 1) -> None:
@@ -259,7 +291,8 @@ def steps(memory: MemorySink, tag: str) -> list[int]:
 
 
 def tags(memory: MemorySink) -> set[str]:
-    return {record.tag for _, record in memory.records if hasattr(record, "tag")}
+    """The tags that were written, but for the card that every run has."""
+    return {record.tag for _, record in memory.records if hasattr(record, "tag")} - {"about/monitors"}
 
 
 class Log(pl.Callback):

@@ -28,7 +28,6 @@ from lightning_interp import (
     WeightHistogramMonitor,
     default_monitors,
 )
-from lightning_interp.callbacks.run import trainer as reading
 from lightning_interp.sinks.records import Histogram, Scalar
 from tests.helpers.runs import (
     Augmented,
@@ -44,7 +43,6 @@ from tests.helpers.runs import (
 from tests.helpers.two_processes import pictures, rank, remember
 
 Base = for_flavour(pl)
-SINKS = reading.sinks
 
 
 def network() -> nn.Sequential:
@@ -224,7 +222,7 @@ def invisible() -> Any:
             seed(3)
             options = {"train": loader(Augmented(20), shuffle=True), "val": loader(Augmented(8)), **sharding()}
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*rests from here on")
+                warnings.filterwarnings("ignore", message=".*is disabled from here on")
                 trainer = fit(monitors, kind(), accumulate_grad_batches=2, num_sanity_val_steps=0, **options)
             prints.append(Local.of(trainer))
             hooks.append(forward_hooks(trainer.lightning_module))
@@ -251,12 +249,12 @@ def fails_on_one() -> Any:
         warnings.simplefilter("always")
         monitors = [CAMMonitor(method=method, name="rash", probe=5), *every_monitor(5)]
         fit(monitors, module, **sharding())
-    said = [str(each.message) for each in caught if "rests from here on" in str(each.message)]
+    said = [str(each.message) for each in caught if "is disabled from here on" in str(each.message)]
     return {"said": said, "trained": module.trained, "calls": calls, "pictures": list(pictures(sink))}
 
 
 class Undrawable(NormMonitor):
-    def report(self, seen: Any, step: int) -> Any:
+    def records(self, data: Any, step: int) -> Any:
         raise ValueError("cannot be drawn")
 
 
@@ -337,7 +335,7 @@ class Counted:
         def counted(*args: Any, **options: Any) -> Any:
             frame: Any = sys._getframe(1)
             while frame is not None:
-                if "lightning_interp" in Path(frame.f_code.co_filename).parts[-3:]:
+                if "lightning_interp" in Path(frame.f_code.co_filename).parts[-4:]:
                     self.calls += 1
                     break
                 frame = frame.f_back
@@ -430,7 +428,6 @@ OTHERS: list[Callable[[], Any]] = [spawned, torchrun, terminated, terminated_els
 def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     torch.set_num_threads(1)
-    reading.sinks = SINKS
     for other in OTHERS:
         if sys.argv[2:] == [other.__name__]:
             other()

@@ -1,4 +1,4 @@
-"""What stands under a tile: predicted against true, and how sure."""
+"""The captions of tiles: predicted and true class, and the probability."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["captions", "probabilities"]
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """Class probabilities of what a model gave.
+    """Return class probabilities of a model's output.
 
     Args:
         logits: (N, K) logits; one logit is the evidence for class 1; probabilities are recognised and kept.
@@ -32,15 +32,15 @@ def probabilities(logits: Tensor) -> Tensor:
         positive = logits.sigmoid()
         return torch.cat([1 - positive, positive], dim=1)
     # Not against torch.ones: in half precision Lightning changes the default dtype, under the writer's thread, too.
-    already = bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() <= 1e-4).all())
-    return logits if already else logits.softmax(1)
+    is_normalized = bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() <= 1e-4).all())
+    return logits if is_normalized else logits.softmax(1)
 
 
-def captions(seen: Mapping[str, Tensor], probe: Probe, below: Sequence[str] | None = None) -> list[Caption]:
-    """A caption for each image of a probe.
+def captions(outputs: Mapping[str, Tensor], probe: Probe, below: Sequence[str] | None = None) -> list[Caption]:
+    """Return a caption for each image of a probe.
 
     Args:
-        seen: ``logits`` (N, K) and ``explained`` (N,), the classes that the maps explain, on the CPU.
+        outputs: ``logits`` (N, K) and ``explained`` (N,), the classes that the maps explain, on the CPU.
         probe: The images, with their targets and class names where known.
         below: One more line for each image, at the end; None: none.
 
@@ -48,27 +48,27 @@ def captions(seen: Mapping[str, Tensor], probe: Probe, below: Sequence[str] | No
         N captions: predicted class and probability; the true class where it differs; the class that the map explains
         where it is not the predicted one.
     """
-    made = _of_classes(seen, probe)
+    tiles = _of_classes(outputs, probe)
     if below is None:
-        return made
-    return [replace(each, lines=(*each.lines, line)) for each, line in zip(made, below, strict=True)]
+        return tiles
+    return [replace(tile, lines=(*tile.lines, line)) for tile, line in zip(tiles, below, strict=True)]
 
 
-def _of_classes(seen: Mapping[str, Tensor], probe: Probe) -> list[Caption]:
-    logits, explained = seen["logits"], seen["explained"]
+def _of_classes(outputs: Mapping[str, Tensor], probe: Probe) -> list[Caption]:
+    logits, explained = outputs["logits"], outputs["explained"]
     if logits.ndim != 2:
         return [Caption(("",), None) for _ in range(len(probe))]
-    found = probabilities(logits)
+    rows = probabilities(logits)
     named = probe.class_names is not None
 
     def name(index: int) -> str:
         return probe.class_name(index) if named else f"class {index}"
 
-    made = []
-    for index, row in enumerate(found):
+    tiles = []
+    for index, row in enumerate(rows):
         predicted = int(row.argmax())
-        sure = f"{100 * float(row[predicted]):.0f} %" if bool(row.isfinite().all()) else "not finite"
-        lines = [f"{name(predicted)} {sure}"]
+        confidence = f"{100 * float(row[predicted]):.0f} %" if bool(row.isfinite().all()) else "not finite"
+        lines = [f"{name(predicted)} {confidence}"]
         correct = None
         if probe.targets is not None:
             label = int(probe.targets[index])
@@ -76,5 +76,5 @@ def _of_classes(seen: Mapping[str, Tensor], probe: Probe) -> list[Caption]:
             lines.append("" if correct else f"true: {name(label)}")
         if int(explained[index]) != predicted:
             lines.append(f"map of: {name(int(explained[index]))}")
-        made.append(Caption(tuple(line for line in lines if line), correct))
-    return made
+        tiles.append(Caption(tuple(line for line in lines if line), correct))
+    return tiles

@@ -1,4 +1,4 @@
-"""Where the model looks: class activation maps over the images."""
+"""Class activation maps over the images."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from lightning_interp import explain
-from lightning_interp.callbacks.base import Method, ProbeMonitor, ProbeMonitorOptions, check_share
+from lightning_interp.callbacks._lightning import LightningModule
+from lightning_interp.callbacks.contract import ProbeMonitor, ProbeMonitorOptions
+from lightning_interp.callbacks.inputs import Needs
 from lightning_interp.callbacks.monitors._captions import captions
+from lightning_interp.callbacks.monitors._map_method import MapMethod, Method
+from lightning_interp.checks import check_fraction
 from lightning_interp.data.probe import Probe
+from lightning_interp.model.trace import Trace
 from lightning_interp.render import ColorScale, check_colormap, enlarge, normalize_maps, overlay, tile_grid
 from lightning_interp.sinks.records import Picture
 
@@ -19,7 +24,7 @@ __all__ = ["CAMMonitor"]
 
 
 class CAMMonitor(ProbeMonitor):
-    """Lays class activation maps over the probe's images, one picture a look.
+    """Draw class activation maps over the images of the probe, one picture a snapshot.
 
     Each tile is an image with the rectified map, divided by its own maximum, laid over it; its frame is green and its
     caption ticked where the prediction is right. Tag: ``cam/<method>``.
@@ -72,17 +77,46 @@ class CAMMonitor(ProbeMonitor):
         method_options: Mapping[str, Any] | None = None,
         **options: Unpack[ProbeMonitorOptions],
     ) -> None:
-        super().__init__(method=method, layer=layer, target=target, method_options=method_options, **options)
+        super().__init__(**options)
+        self.map_method = MapMethod(type(self).__name__, self.methods, method, layer, target, method_options)
         check_colormap(cmap)
         self.cmap = cmap
-        check_share("alpha", alpha)
-        self.alpha = alpha
+        self.alpha = check_fraction("alpha", alpha)
 
-    def draw(self, seen: Mapping[str, Tensor], probe: Probe) -> Iterator[Picture]:
+    def check(self, module: LightningModule) -> None:
+        """Raise where the layer does not exist."""
+        self.map_method.check(module)
+
+    def tags(self, module: LightningModule) -> list[str]:
+        """One picture."""
+        return [self.tag(self.map_method.name)]
+
+    def describe(self) -> str:
+        """How to read the heat."""
+        return (
+            f"Where the evidence for a class lies, by {self.map_method.name}: red is strongest, blue is none. "
+            f"{scale_of(self.map_method)}, so a weak map looks as hot as a strong one; and a map is as fine as its "
+            "layer, which on most networks is a grid of 7 x 7 to 14 x 14. Green frame: predicted right; red: wrong."
+        )
+
+    def needs(self, module: nn.Module) -> Needs:
+        """What the method needs."""
+        return self.map_method.needs()
+
+    def outputs(self, trace: Trace, labels: Tensor | None) -> dict[str, Tensor]:
+        """The maps, the classes that they explain, and the logits."""
+        return self.map_method.outputs(trace, labels)
+
+    def draw(self, outputs: Mapping[str, Tensor], probe: Probe) -> Iterator[Picture]:
         """One grid of all images."""
-        relative = isinstance(self.method, explain.Explainer) and not self.method.has_zero
-        heat = normalize_maps(seen["maps"], "min_max" if relative else "relu")
+        has_zero = self.map_method.has_zero
+        heat = normalize_maps(outputs["maps"], "relu" if has_zero else "min_max")
         tiles = overlay(enlarge(probe.to_display()), heat, self.cmap, self.alpha)
-        own = "each image from its own minimum to its maximum" if relative else "each image by its own maximum"
-        scale = ColorScale(self.cmap, "min" if relative else "0", "max", f"{self.method_name}, {own}")
-        yield Picture(self.tag(self.method_name), tile_grid(tiles, captions(seen, probe), scale=scale))
+        label = f"{self.map_method.name}, {scale_of(self.map_method)[0].lower()}{scale_of(self.map_method)[1:]}"
+        scale = ColorScale(self.cmap, "0" if has_zero else "min", "max", label)
+        yield Picture(self.tag(self.map_method.name), tile_grid(tiles, captions(outputs, probe), scale=scale))
+
+
+def scale_of(method: MapMethod) -> str:
+    """What the colours of a map are divided by."""
+    return "Each image by its own maximum" if method.has_zero else "Each image from its own minimum to its maximum"

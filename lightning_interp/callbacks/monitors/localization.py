@@ -9,12 +9,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torchmetrics import MetricCollection
 from torchvision.ops import box_iou, masks_to_boxes
 from typing_extensions import Unpack
 
 from lightning_interp.callbacks._lightning import LightningModule
-from lightning_interp.callbacks.base import Method, ProbeMonitor, ProbeMonitorOptions, check_share
+from lightning_interp.callbacks.contract import ProbeMonitor, ProbeMonitorOptions, StreamMonitor
+from lightning_interp.callbacks.inputs import Needs, StreamBatch
 from lightning_interp.callbacks.monitors._captions import captions
+from lightning_interp.callbacks.monitors._map_method import MapMethod, Method
+from lightning_interp.checks import check_fraction
 from lightning_interp.data.annotations import Annotations
 from lightning_interp.data.probe import Probe
 from lightning_interp.errors import ConfigurationError
@@ -28,17 +32,16 @@ from lightning_interp.localize import (
     fit_threshold,
     maps_to_boxes,
 )
-from lightning_interp.model.hooks import HookPoint
 from lightning_interp.model.targets import Targets, resolve_classes
-from lightning_interp.model.trace import Trace
+from lightning_interp.model.trace import LayerSpec, Trace
 from lightning_interp.render import ColorScale, check_colormap, draw_boxes, enlarge, normalize_maps, overlay, tile_grid
 from lightning_interp.sinks.records import Picture
 
-__all__ = ["LocalizationMonitor", "Scores"]
+__all__ = ["LocalizationMonitor"]
 
 _TRUE, _PREDICTED = (0, 230, 80), (255, 140, 0)  # "green" and "orange" in the title
 _USUAL_THRESHOLD = 0.2
-_CHUNK = 16  # images whose maps of all classes are made at once
+_ROWS = 16  # images whose maps of all classes are made at once
 _BASELINES = {
     "max_box_accuracy": ("whole_image", "centered_box"),
     "pointing_game": ("center",),
@@ -47,8 +50,8 @@ _BASELINES = {
 }
 
 
-class LocalizationMonitor(ProbeMonitor):
-    """Scores where the model looks against true boxes or masks, on the validation data, and draws the probe's boxes.
+class LocalizationMonitor(ProbeMonitor, StreamMonitor):
+    """Score where the model looks against true boxes or masks, on the validation data, and draw the probe's boxes.
 
     Logged through ``pl_module.log`` at the end of each validation inside ``fit`` and of ``trainer.validate``, so that
     ``ModelCheckpoint(monitor="localization/max_box_accuracy", mode="max")`` and ``EarlyStopping`` work:
@@ -110,7 +113,7 @@ class LocalizationMonitor(ProbeMonitor):
     """
 
     kind = "localization"
-    scores_validation = True
+    uses_annotations = True
     methods: ClassVar = {"cam": cam, "gradcam": gradcam}
 
     def __init__(
@@ -127,255 +130,263 @@ class LocalizationMonitor(ProbeMonitor):
         method_options: Mapping[str, Any] | None = None,
         **options: Unpack[ProbeMonitorOptions],
     ) -> None:
-        super().__init__(
-            method="gradcam" if method is None else method,
-            layer=layer,
-            target=target,
-            method_options=method_options,
-            **options,
-        )
+        super().__init__(**options)
+        chosen = "gradcam" if method is None else method
+        self.map_method = MapMethod(type(self).__name__, self.methods, chosen, layer, target, method_options)
         check_colormap(cmap)
-        check_share("alpha", alpha)
-        if threshold is not None:
-            check_share("threshold", threshold)
-            if threshold == 1:
-                raise ConfigurationError("threshold takes a number below 1: above its maximum a map has nothing")
         self.cmap = cmap
-        self.alpha = alpha
+        self.alpha = check_fraction("alpha", alpha)
+        if threshold is not None and check_fraction("threshold", threshold) == 1:
+            raise ConfigurationError("threshold takes a number below 1: above its maximum a map has nothing")
         self.threshold = threshold
         self.version = version
         self.normalization = normalization
-        self.scores: dict[str, float] = {}
         self._fitted = math.nan
         self._prefers_gap = method is None and layer is None
-        self.begin_scores(torch.device("cpu"))  # refuses what is out of range
+        self._metrics(torch.device("cpu"))  # refuses what is out of range
 
-    @property
-    def method_name(self) -> str:
-        """The method as it stands in the picture."""
-        return "class maps" if self._prefers_gap else super().method_name
+    def check(self, module: LightningModule) -> None:
+        """Raise where the layer does not exist."""
+        self.map_method.check(module)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The last scores, which a resumed run logs until it scores again."""
-        return {"scores": dict(self.scores)} if self.scores else {}
+    def check_probe(self, probe: Probe) -> None:
+        """Raise where its boxes and masks cannot be scored."""
+        if probe.boxes is not None or probe.masks is not None:
+            n, _, height, width = probe.images.shape
+            maps = torch.zeros(n, height, width, dtype=torch.float32)
+            self._update(self._metrics(torch.device("cpu")), maps, Annotations(probe.boxes, probe.masks), [True] * n)
+
+    def describe(self) -> str:
+        """How to read the boxes and the scores."""
+        return (
+            "Boxes drawn from the maps (orange) beside the true ones (green), and how well maps find the objects, over "
+            "the validation data: the share of right boxes at the best threshold, of peaks on the object, of heat on "
+            "the object. Read each score against its baseline, `whole_image`, `centered_box`, `center` or `uniform`: where "
+            "objects are large and central, a model that ignores the image scores high."
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the last scores of the run that is resumed."""
-        self.remember(state_dict.get("scores", {}), lasting=True)
+        """Take over the last scores, and the threshold, of the run that is resumed."""
+        super().load_state_dict(state_dict)
+        self._fitted = self.last_scalars.get("threshold", self._fitted)
 
-    def tags(self, module: LightningModule) -> list[str]:
-        """All of its kind."""
-        return [self.tag("*")]
+    # ---- The maps.
 
-    def targets(self, labels: Tensor | None) -> Targets:
-        """What is explained; where there are no labels, the predicted classes."""
-        return None if self.target == "label" and labels is None else super().targets(labels)
+    def needs(self, module: nn.Module) -> Needs:
+        """What the method needs; a GAPClassifier's maps need its features."""
+        gap = self._gap(module)
+        return self.map_method.needs() if gap is None else Needs({gap.features: False}, guard_parameters=False)
 
-    def where(self, module: nn.Module) -> tuple[str | nn.Module | None, bool]:
-        """The layer, and whether its gradient is needed; a GAPClassifier's features need none."""
-        gap = self.gap(module)
-        return super().where(module) if gap is None else (gap.features, False)
+    def outputs(self, trace: Trace, labels: Tensor | None) -> dict[str, Tensor]:
+        """The maps, the classes that they explain, the logits, and the threshold as it stands now."""
+        gap, targets = self._gap(trace.model), self._targets(labels)
+        if gap is None:
+            maps, classes = self.map_method.maps(trace, targets)
+        else:
+            classes = trace.with_targets(targets).targets  # type: ignore[assignment]
+            size = (trace.images.shape[2], trace.images.shape[3])
+            with torch.no_grad():
+                maps, _ = self.maps_from_features(gap, trace.activations(trace.layer(gap.features)), classes, size)
+        threshold = self._fitted if self.threshold is None else self.threshold
+        return {
+            "maps": maps,
+            "explained": classes,
+            "logits": trace.logits.detach().float(),
+            "threshold": torch.full((len(maps),), threshold, dtype=torch.float64),
+        }
 
-    def maps(self, trace: Trace, site: HookPoint | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The maps (N, H, W) of images that are looked at, and the classes (N,) that they explain."""
-        gap = self.gap(trace.model)
-        if gap is None or site is None:
-            return super().maps(trace, site, labels)
-        classes = trace.with_targets(self.targets(labels)).targets
-        assert isinstance(classes, Tensor)
-        height, width = trace.images.shape[-2:]
-        with torch.no_grad():
-            return self.heard_maps(gap, trace.activations(site), classes, (height, width), aimed=True)
-
-    def alongside(self, count: int) -> dict[str, Tensor]:
-        """The threshold, as it stands now."""
-        known = self._fitted if self.threshold is None else self.threshold
-        return {"threshold": torch.full((count,), known, dtype=torch.float64)}
-
-    # ---- What the session asks for while a validation runs.
-
-    def gap(self, module: nn.Module) -> GAPClassifier | None:
-        """The classifier whose own maps are scored, where there is one."""
-        found = (each for each in module.modules() if isinstance(each, GAPClassifier))
-        return next(found, None) if self._prefers_gap else None
-
-    def begin_scores(self, device: torch.device) -> Scores:
-        """Empty scores for one pass through the data."""
-        return Scores(self.version, self.normalization, device)
-
-    def remember(self, found: Mapping[str, float], *, lasting: bool) -> None:
-        """Keep what a validation found: in training for as long as it lasts, otherwise the threshold alone."""
-        self._fitted = found.get("threshold", self._fitted)
-        if lasting and found:
-            self.scores = dict(found)
-
-    def names(self, probe: Probe | None) -> list[str]:
-        """What is logged where nothing was ever found."""
-        unmasked = probe is not None and probe.masks is None and probe.boxes is not None
-        metrics = [each for each in _BASELINES if not (unmasked and each == "pixel_average_precision")]
-        return [
-            "threshold",
-            *(f"{each}{end}" for each in metrics for end in ("", *(f"/{b}" for b in _BASELINES[each]))),
-        ]
-
-    def counted_classes(self, classes: Tensor, labels: Tensor | None) -> Tensor | None:
-        """The classes whose rates the pointing game averages: the true ones, where those are explained."""
-        return classes if self.target == "label" and labels is not None else None
-
-    def heard_maps(
-        self,
-        gap: GAPClassifier,
-        features: Tensor,
-        labels: Tensor | None,
-        size: tuple[int, int],
-        *,
-        aimed: bool = False,
+    def maps_from_features(
+        self, gap: GAPClassifier, features: Tensor, targets: Targets, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """The maps (N, H, W) of a GAPClassifier's features, in float32, and the classes (N,) that they explain.
+        """Return the maps (N, H, W) of a GAPClassifier's features, in float32, and the classes (N,) that they explain.
 
         Args:
             gap: The classifier.
             features: (N, C, h, w).
-            labels: (N,), or None.
+            targets: int64 (N,) classes, one class, or None for the predicted ones.
             size: H and W.
-            aimed: Whether the labels are the classes to explain, whatever this monitor's target is.
         """
-        weight = next((each for each in gap.head.parameters() if each.is_floating_point()), features)
-        made = []
-        for start in range(0, len(features), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
-            every: Tensor = gap.head.maps(features[chunk].to(weight.dtype)).float()  # type: ignore[operator]
-            own = None if labels is None else labels[chunk]
-            classes = own if aimed and own is not None else self._classes(gap, every, own)
-            made.append((_of_classes(every, classes, size), classes))
-        maps, explained = zip(*made, strict=True)
-        return torch.cat(maps), torch.cat(explained)
+        weight = next((values for values in gap.head.parameters() if values.is_floating_point()), features)
+        bias = gap.head.bias.float() if isinstance(gap.head.bias, Tensor) else 0
+        maps, classes = [], []
+        for start in range(0, len(features), _ROWS):
+            rows = slice(start, start + _ROWS)
+            of_all_classes: Tensor = gap.head.maps(features[rows].to(weight.dtype)).float()  # type: ignore[operator]
+            chosen = targets[rows] if isinstance(targets, Tensor) else targets
+            # Each logit is the mean of a map, and the bias.
+            explained = resolve_classes(chosen, of_all_classes.mean((2, 3)) + bias)  # type: ignore[arg-type]
+            maps.append(_select(of_all_classes, explained, size))
+            classes.append(explained)
+        return torch.cat(maps), torch.cat(classes)
 
-    def _classes(self, gap: GAPClassifier, every: Tensor, labels: Tensor | None) -> Tensor:
-        """The classes to explain; each logit is the mean of a map, and the bias."""
-        bias, targets = gap.head.bias, self.targets(labels)
-        assert not callable(targets)
-        return resolve_classes(targets, every.mean((2, 3)) + (bias.float() if isinstance(bias, Tensor) else 0))
+    def _gap(self, module: nn.Module) -> GAPClassifier | None:
+        """The classifier whose own maps are scored, where there is one."""
+        classifiers = (child for child in module.modules() if isinstance(child, GAPClassifier))
+        return next(classifiers, None) if self._prefers_gap else None
+
+    def _targets(self, labels: Tensor | None) -> Targets:
+        """What is explained; the predicted classes where there are no labels."""
+        return None if self.map_method.target == "label" and labels is None else self.map_method.targets(labels)
+
+    # ---- The scores.
+
+    def layers(self, module: nn.Module) -> list[LayerSpec]:
+        """The features of a GAPClassifier, which the validation step computes anyway."""
+        gap = self._gap(module)
+        return [] if gap is None else [gap.features]
+
+    def begin(self, module: nn.Module, device: torch.device) -> MetricCollection:
+        """Return empty metrics."""
+        return self._metrics(device)
+
+    def update(self, state: MetricCollection, batch: StreamBatch) -> None:
+        """Score a batch."""
+        assert batch.annotations is not None
+        gap, labels = self._gap(batch.module), batch.labels
+        if gap is None:
+            outputs = batch.outputs()
+            maps, classes = outputs["maps"], outputs["explained"]
+        else:
+            features, size = batch.activations(gap.features), (batch.images.shape[2], batch.images.shape[3])
+            labels = None if labels is None else labels.to(features.device)
+            maps, classes = self.maps_from_features(gap, features, self._targets(labels), size)
+        rated = classes if self.map_method.target == "label" and labels is not None else None
+        self._update(state, maps, batch.annotations, batch.counts, rated)
+
+    def compute(self, state: MetricCollection) -> dict[str, float] | None:
+        """Return all scores and baselines that can be computed, or None."""
+        values: dict[str, float] = {}
+        for name in _BASELINES:
+            metric: Any = state[name]
+            values[name] = float(metric.compute())
+            values |= {f"{name}/{baseline}": float(value) for baseline, value in metric.baselines().items()}
+        box: Any = state["max_box_accuracy"]
+        values["threshold"] = box.best_threshold() if not math.isnan(values["max_box_accuracy"]) else math.nan
+        scores = {name: value for name, value in values.items() if not math.isnan(value)}
+        self._fitted = scores.get("threshold", self._fitted)
+        return scores or None
+
+    def scalar_names(self, probe: Probe | None) -> list[str]:
+        """Return the names of all scores and baselines; those of pixels only where there may be masks."""
+        no_masks = probe is not None and probe.masks is None and probe.boxes is not None
+        metrics = [name for name in _BASELINES if not (no_masks and name == "pixel_average_precision")]
+        return [
+            "threshold",
+            *(f"{name}{end}" for name in metrics for end in ("", *(f"/{baseline}" for baseline in _BASELINES[name]))),
+        ]
+
+    def scalars(self, result: dict[str, float]) -> dict[str, float]:
+        """Return the scores."""
+        return result
+
+    def _metrics(self, device: torch.device) -> MetricCollection:
+        metrics = MetricCollection(
+            {
+                "max_box_accuracy": MaxBoxAccuracy(self.version, normalization=self.normalization),
+                "pointing_game": PointingGame(),
+                "energy_pointing_game": EnergyPointingGame(),
+                "pixel_average_precision": PixelAveragePrecision(normalization=self.normalization),
+            },
+            compute_groups=False,
+        ).to(device)
+        # A rank may see no image at all, and computes with the others nevertheless.
+        empty = torch.zeros(0, 1, 1, dtype=torch.float32)
+        _update_boxes(metrics, empty, [], [], None)
+        metrics["pixel_average_precision"].update(empty, empty > 0)
+        return metrics
+
+    def _update(
+        self,
+        metrics: MetricCollection,
+        maps: Tensor,
+        annotations: Annotations,
+        counts: Sequence[bool],
+        classes: Tensor | None = None,
+    ) -> None:
+        """Add the images that count: maps (N, H, W), and the classes (N,) whose rates the pointing game averages."""
+        boxes = _true_boxes(annotations)
+        assert boxes is not None
+        rows = [index for index, image_boxes in enumerate(boxes) if counts[index] and len(image_boxes)]
+        if rows:
+            image_boxes = [boxes[index] for index in rows]
+            has_boxes = annotations.masks is None or annotations.boxes is not None
+            objects = image_boxes if has_boxes else annotations.masks[rows]  # type: ignore[index]
+            _update_boxes(metrics, maps[rows], image_boxes, objects, None if classes is None else classes[rows])
+        if annotations.masks is not None and any(counts):
+            counted = [index for index, is_counted in enumerate(counts) if is_counted]
+            ignore = None if annotations.ignore is None else annotations.ignore[counted]
+            metrics["pixel_average_precision"].update(maps[counted], annotations.masks[counted], ignore)
 
     # ---- The picture.
 
-    def draw(self, seen: Mapping[str, Tensor], probe: Probe) -> Iterator[Picture]:
+    def draw(self, outputs: Mapping[str, Tensor], probe: Probe) -> Iterator[Picture]:
         """One grid of all images."""
-        maps = seen["maps"]
-        truth = _true_boxes(Annotations(probe.boxes, probe.masks))
-        threshold, source = self._drawn_threshold(float(seen["threshold"][0]), maps, truth)
-        found = maps_to_boxes(maps, threshold, normalization=self.normalization)
+        maps = outputs["maps"]
+        true_boxes = _true_boxes(Annotations(probe.boxes, probe.masks))
+        threshold, source = self._drawn_threshold(float(outputs["threshold"][0]), maps, true_boxes)
+        boxes = maps_to_boxes(maps, threshold, normalization=self.normalization)
         heat = normalize_maps(maps, "relu" if self.normalization == "relu_max" else "min_max")
         tiles = enlarge(probe.to_display())
         factors = [tiles.shape[2] / maps.shape[2], tiles.shape[1] / maps.shape[1]]
         scale = torch.tensor(factors * 2, dtype=torch.float32)
         tiles = overlay(tiles, heat, self.cmap, self.alpha)
-        if truth is not None:
-            tiles = draw_boxes(tiles, [own * scale for own in truth], _TRUE, width=5)
-        tiles = draw_boxes(tiles, list((found * scale)[:, None]), _PREDICTED, width=2)
-        legend = "true box green, predicted box orange" if truth is not None else "predicted box orange"
+        if true_boxes is not None:
+            tiles = draw_boxes(tiles, [image_boxes * scale for image_boxes in true_boxes], _TRUE, width=5)
+        tiles = draw_boxes(tiles, list((boxes * scale)[:, None]), _PREDICTED, width=2)
+        legend = "true box green, predicted box orange" if true_boxes is not None else "predicted box orange"
         title = f"{legend}: above {threshold:.2g} of each map's maximum, {source}"
-        bar = ColorScale(self.cmap, "0", "max", f"{self.method_name}, each image by its own maximum")
-        said = None if truth is None else [_overlap(box, own) for box, own in zip(found, truth, strict=True)]
-        yield Picture(self.tag("boxes"), tile_grid(tiles, captions(seen, probe, said), title=title, scale=bar))
+        name = "class maps" if self._prefers_gap else self.map_method.name
+        bar = ColorScale(self.cmap, "0", "max", f"{name}, each image by its own maximum")
+        below = None if true_boxes is None else [_overlap(*pair) for pair in zip(boxes, true_boxes, strict=True)]
+        yield Picture(self.tag("boxes"), tile_grid(tiles, captions(outputs, probe, below), title=title, scale=bar))
 
-    def _drawn_threshold(self, known: float, maps: Tensor, truth: Sequence[Tensor] | None) -> tuple[float, str]:
-        """The threshold for the drawn boxes, and where it comes from."""
+    def _drawn_threshold(self, known: float, maps: Tensor, boxes: Sequence[Tensor] | None) -> tuple[float, str]:
+        """The threshold of the drawn boxes, and where it comes from."""
         if not math.isnan(known):
             return known, "as given" if self.threshold is not None else "fitted on the validation data"
-        rows = [index for index, own in enumerate(truth or ()) if len(own)]
-        if truth is None or not rows:
+        rows = [index for index, image_boxes in enumerate(boxes or ()) if len(image_boxes)]
+        if boxes is None or not rows:
             return _USUAL_THRESHOLD, "the usual one"
-        fitted = fit_threshold(maps[rows], [truth[index] for index in rows], normalization=self.normalization)
+        fitted = fit_threshold(maps[rows], [boxes[index] for index in rows], normalization=self.normalization)
         return fitted, "fitted on these images"
 
 
-class Scores:
-    """The localisation metrics of one pass through the data.
-
-    Args:
-        version: Of the box accuracy.
-        normalization: Of the maps.
-        device: Where the ranks can talk.
-    """
-
-    def __init__(
-        self, version: Literal[1, 2], normalization: Literal["relu_max", "min_max"], device: torch.device
-    ) -> None:
-        self._box = MaxBoxAccuracy(version, normalization=normalization).to(device)
-        self._pixel = PixelAveragePrecision(normalization=normalization).to(device)
-        self._pointing, self._energy = PointingGame().to(device), EnergyPointingGame().to(device)
-        # A rank may see no image at all, and computes with the others nevertheless.
-        nothing = torch.zeros(0, 1, 1, dtype=torch.float32)
-        self._add_boxes(nothing, [], [], None)
-        self._pixel.update(nothing, nothing > 0)
-
-    def update(self, maps: Tensor, said: Annotations, new: Sequence[bool], classes: Tensor | None) -> None:
-        """Add images.
-
-        Args:
-            maps: (N, H, W).
-            said: Where their objects are.
-            new: For each whether it counts.
-            classes: (N,) whose rates the pointing game averages, or None.
-        """
-        boxes = _true_boxes(said)
-        assert boxes is not None
-        rows = [index for index, own in enumerate(boxes) if new[index] and len(own)]
-        own = [boxes[index] for index in rows]
-        if rows:
-            truth = own if said.masks is None or said.boxes is not None else said.masks[rows]
-            self._add_boxes(maps[rows], own, truth, None if classes is None else classes[rows])
-        if said.masks is not None and any(new):
-            counted = [index for index, each in enumerate(new) if each]
-            ignore = None if said.ignore is None else said.ignore[counted]
-            self._pixel.update(maps[counted], said.masks[counted], ignore)
-
-    def try_out(self, probe: Probe) -> None:
-        """Refuse boxes and masks that cannot be scored."""
-        n, _, height, width = probe.images.shape
-        self.update(
-            torch.zeros(n, height, width, dtype=torch.float32), Annotations(probe.boxes, probe.masks), [True] * n, None
-        )
-
-    def found(self) -> dict[str, float]:
-        """All scores and baselines that could be computed; every rank must ask."""
-        values: dict[str, float] = {}
-        for name, metric in zip(_BASELINES, (self._box, self._pointing, self._energy, self._pixel), strict=True):
-            values[name] = float(metric.compute())
-            values |= {f"{name}/{baseline}": float(value) for baseline, value in metric.baselines().items()}
-        values["threshold"] = self._box.best_threshold() if not math.isnan(values["max_box_accuracy"]) else math.nan
-        return {name: value for name, value in values.items() if not math.isnan(value)}
-
-    def _add_boxes(self, maps: Tensor, boxes: list[Tensor], truth: Any, classes: Tensor | None) -> None:
-        self._box.update(maps, boxes)
-        self._pointing.update(maps, truth, classes)
-        self._energy.update(maps, truth)
+def _update_boxes(
+    metrics: MetricCollection, maps: Tensor, boxes: list[Tensor], objects: Any, classes: Tensor | None
+) -> None:
+    metrics["max_box_accuracy"].update(maps, boxes)
+    metrics["pointing_game"].update(maps, objects, classes)
+    metrics["energy_pointing_game"].update(maps, objects)
 
 
-def _true_boxes(said: Annotations) -> list[Tensor] | None:
+def _true_boxes(annotations: Annotations) -> list[Tensor] | None:
     """Each image's boxes (M, 4), or the one around its mask; M = 0 where there is no object."""
-    if said.boxes is not None:
-        return list(said.boxes)
-    if said.masks is None:
+    if annotations.boxes is not None:
+        return list(annotations.boxes)
+    if annotations.masks is None:
         return None
     # torchvision's maxima are the last pixels themselves.
-    more = torch.tensor([0, 0, 1, 1])
-    nothing = torch.zeros(0, 4, dtype=torch.float32)
-    return [masks_to_boxes(each[None].cpu()).float() + more if bool(each.any()) else nothing for each in said.masks]
+    to_exclusive = torch.tensor([0, 0, 1, 1])
+    empty = torch.zeros(0, 4, dtype=torch.float32)
+    return [
+        masks_to_boxes(mask[None].cpu()).float() + to_exclusive if bool(mask.any()) else empty
+        for mask in annotations.masks
+    ]
 
 
-def _of_classes(every: Tensor, classes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Of maps (N, K, h, w) each image's own, at the images' size; one map speaks for class 1 against class 0."""
-    if every.shape[1] == 1:
-        own = every * (2 * classes - 1)[:, None, None, None]
+def _select(maps: Tensor, classes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Of maps (N, K, h, w) each image's class, at the images' size; one map speaks for class 1 against class 0."""
+    if maps.shape[1] == 1:
+        selected = maps * (2 * classes - 1)[:, None, None, None]
     else:
-        own = every[torch.arange(len(every), device=every.device), classes][:, None]
-    return interpolate(own, size, mode="bilinear", align_corners=False)[:, 0]
+        selected = maps[torch.arange(len(maps), device=maps.device), classes][:, None]
+    return interpolate(selected, size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def _overlap(box: Tensor, own: Tensor) -> str:
-    """What is said of a predicted box."""
-    if len(own) == 0:
+def _overlap(box: Tensor, true_boxes: Tensor) -> str:
+    """The caption of a predicted box."""
+    if len(true_boxes) == 0:
         return "no object"
-    return f"IoU {float(box_iou(box[None].float(), own.float()).max()):.2f}" if bool(box.any()) else "IoU 0: no box"
+    if not bool(box.any()):
+        return "IoU 0: no box"
+    return f"IoU {float(box_iou(box[None].float(), true_boxes.float()).max()):.2f}"

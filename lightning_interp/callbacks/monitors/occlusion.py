@@ -1,21 +1,23 @@
-"""What the model cannot do without: the class score where patches of the image are hidden."""
+"""The drop of the class score where patches of the image are hidden."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from lightning_interp.callbacks.base import ProbeMonitor, ProbeMonitorOptions, check_share
+from lightning_interp.callbacks._lightning import LightningModule
+from lightning_interp.callbacks.contract import ProbeMonitor, ProbeMonitorOptions
+from lightning_interp.callbacks.inputs import Needs
 from lightning_interp.callbacks.monitors._captions import captions
+from lightning_interp.callbacks.monitors._map_method import MapMethod
+from lightning_interp.checks import check_fraction, is_number
 from lightning_interp.data.probe import Probe
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.explain import occlusion
 from lightning_interp.explain.perturbation import patch_boxes, patch_starts, spread
-from lightning_interp.model.hooks import HookPoint
 from lightning_interp.model.trace import Trace
 from lightning_interp.render import (
     ColorScale,
@@ -36,13 +38,13 @@ _LARGE = 10**6
 
 
 class OcclusionMonitor(ProbeMonitor):
-    """Hides a patch of each image, place after place, and shows where the class score suffers.
+    """Hide a patch of each image, position after position, and draw where the class score drops.
 
     Each tile is an image with the map laid over it (the drop of the score, averaged over the patches that cover a
-    pixel; places whose hiding raises the score stay cold), beside the image with the most damaging patch marked. The
+    pixel; positions whose hiding raises the score stay cold), beside the image with the most damaging patch marked. The
     caption says by how much the score drops there. Tag: ``occlusion/occlusion``.
 
-    A look runs the model about ``1 / stride ** 2`` times for each image: choose ``every_n_epochs`` accordingly.
+    A snapshot runs the model about ``1 / stride ** 2`` times for each image: choose ``every_n_epochs`` accordingly.
 
     Args:
         patch: The patch's side: an int is in pixels, a float a share of the image's side; or (height, width).
@@ -67,7 +69,6 @@ class OcclusionMonitor(ProbeMonitor):
     """
 
     kind = "occlusion"
-    methods: ClassVar = {"occlusion": occlusion}
 
     def __init__(
         self,
@@ -80,25 +81,44 @@ class OcclusionMonitor(ProbeMonitor):
         alpha: float = 0.5,
         **options: Unpack[ProbeMonitorOptions],
     ) -> None:
-        self.patch, self.stride = (tuple(each) if isinstance(each, Sequence) else each for each in (patch, stride))
+        self.patch, self.stride = (
+            tuple(length) if isinstance(length, Sequence) else length for length in (patch, stride)
+        )
         patch_starts((_LARGE, _LARGE), self.patch, self.stride)  # type: ignore[arg-type]
-        if fill is not None and (isinstance(fill, bool) or not isinstance(fill, (int, float))):
+        if fill is not None and not is_number(fill):
             raise ConfigurationError(f"fill takes a number or None, got {fill!r}")
         chosen = {"patch": self.patch, "stride": self.stride, "fill": fill, "returns": "drop"}
-        super().__init__(method="occlusion", layer=None, target=target, method_options=chosen, **options)
+        super().__init__(**options)
+        self.map_method = MapMethod(type(self).__name__, {"occlusion": occlusion}, "occlusion", None, target, chosen)
         check_colormap(cmap)
         self.cmap = cmap
-        check_share("alpha", alpha)
-        self.alpha = alpha
+        self.alpha = check_fraction("alpha", alpha)
 
-    def maps(self, trace: Trace, site: HookPoint | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The drop of the score at each place of the patch, (N, rows, columns), and the classes (N,)."""
-        aimed = trace.with_targets(self.targets(labels))
-        return occlusion.attribute(aimed, None, **self.method_options), aimed.targets  # type: ignore[return-value]
+    def tags(self, module: LightningModule) -> list[str]:
+        """One picture."""
+        return [self.tag("occlusion")]
 
-    def draw(self, seen: Mapping[str, Tensor], probe: Probe) -> Iterator[Picture]:
+    def describe(self) -> str:
+        """How to read the drops."""
+        return (
+            "How much the class score drops where a patch hides the image, averaged over the patches that cover a "
+            "pixel; beside it the patch that hurts most. Each image by its own maximum. A patch that is smaller than "
+            "the object may change little, and the fill itself may look like something to the model."
+        )
+
+    def needs(self, module: nn.Module) -> Needs:
+        """The logits; the patched images take passes of their own."""
+        return self.map_method.needs()
+
+    def outputs(self, trace: Trace, labels: Tensor | None) -> dict[str, Tensor]:
+        """``drops`` (N, rows, columns) of the score at each position of the patch, the classes, and the logits."""
+        trace = trace.with_targets(self.map_method.targets(labels))
+        drops = occlusion.attribute(trace, **self.map_method.options)
+        return {"drops": drops, "explained": trace.targets, "logits": trace.logits.detach().float()}  # type: ignore[dict-item]
+
+    def draw(self, outputs: Mapping[str, Tensor], probe: Probe) -> Iterator[Picture]:
         """One grid of map and image pairs."""
-        drops, (height, width) = seen["maps"], probe.images.shape[-2:]
+        drops, (height, width) = outputs["drops"], probe.images.shape[-2:]
         boxes = patch_boxes((height, width), self.patch, self.stride)  # type: ignore[arg-type]
         finite = drops.flatten(1).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
         worst = finite.argmax(1)
@@ -107,8 +127,8 @@ class OcclusionMonitor(ProbeMonitor):
         marked = draw_boxes(pictures, list((boxes[worst] * factors)[:, None]), _MARK)
         heat = normalize_maps(spread(drops, boxes, (height, width)))
         tiles = side_by_side(overlay(pictures, heat, self.cmap, self.alpha), marked)
-        said = [f"score drops by {float(each):.3g}" for each in finite.amax(1)]
-        shown = captions(seen, probe, said)
+        below = [f"score drops by {float(drop):.3g}" for drop in finite.amax(1)]
         scale = ColorScale(self.cmap, "0", "max", "drop of the class score, each image by its own maximum")
         title = "the most damaging patch is marked"
-        yield Picture(self.tag(self.method_name), tile_grid(tiles, shown, title=title, scale=scale))
+        grid = tile_grid(tiles, captions(outputs, probe, below), title=title, scale=scale)
+        yield Picture(self.tag("occlusion"), grid)

@@ -1,17 +1,21 @@
-"""Which pixels matter: gradients of the class score beside the images."""
+"""Gradients of the class score beside the images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from lightning_interp import explain
-from lightning_interp.callbacks.base import Method, ProbeMonitor, ProbeMonitorOptions
+from lightning_interp.callbacks._lightning import LightningModule
+from lightning_interp.callbacks.contract import ProbeMonitor, ProbeMonitorOptions
+from lightning_interp.callbacks.inputs import Needs
 from lightning_interp.callbacks.monitors._captions import captions
+from lightning_interp.callbacks.monitors._map_method import MapMethod, Method
 from lightning_interp.data.probe import Probe
+from lightning_interp.model.trace import Trace
 from lightning_interp.render import (
     ColorScale,
     check_colormap,
@@ -29,7 +33,7 @@ _PERCENTILE = 99.0
 
 
 class SaliencyMonitor(ProbeMonitor):
-    """Shows the gradient of the pre-softmax class score towards the pixels, beside each image of the probe.
+    """Draw the gradient of the pre-softmax class score with respect to the pixels, beside each image of the probe.
 
     Over the channels the largest absolute value counts. Tag: ``saliency/<method>``.
 
@@ -73,16 +77,37 @@ class SaliencyMonitor(ProbeMonitor):
         method_options: Mapping[str, Any] | None = None,
         **options: Unpack[ProbeMonitorOptions],
     ) -> None:
-        super().__init__(method=method, layer=None, target=target, method_options=method_options, **options)
+        super().__init__(**options)
+        self.map_method = MapMethod(type(self).__name__, self.methods, method, None, target, method_options)
         check_colormap(cmap)
         self.cmap = cmap
 
-    def draw(self, seen: Mapping[str, Tensor], probe: Probe) -> Iterator[Picture]:
+    def tags(self, module: LightningModule) -> list[str]:
+        """One picture."""
+        return [self.tag(self.map_method.name)]
+
+    def describe(self) -> str:
+        """How to read the pixels."""
+        return (
+            f"Which pixels change the class score, by {self.map_method.name}, beside each image: bright pixels change "
+            f"it most. Each image is divided by its own {_PERCENTILE:.0f}th percentile. Gradients are local and noisy: "
+            "they say what a tiny change would do, not which part of the image the score consists of."
+        )
+
+    def needs(self, module: nn.Module) -> Needs:
+        """What the method needs."""
+        return self.map_method.needs()
+
+    def outputs(self, trace: Trace, labels: Tensor | None) -> dict[str, Tensor]:
+        """The maps, the classes that they explain, and the logits."""
+        return self.map_method.outputs(trace, labels)
+
+    def draw(self, outputs: Mapping[str, Tensor], probe: Probe) -> Iterator[Picture]:
         """One grid of image and map pairs."""
         # A few hot pixels would leave the rest black.
-        heat = normalize_maps(seen["maps"], "max_abs", percentile=_PERCENTILE)
+        heat = normalize_maps(outputs["maps"], "max_abs", percentile=_PERCENTILE)
         tiles = side_by_side(enlarge(probe.to_display()), enlarge(colorize(heat, self.cmap)))
         scale = ColorScale(
-            self.cmap, "0", "max", f"{self.method_name}, each image by its own {_PERCENTILE:.0f}th percentile"
+            self.cmap, "0", "max", f"{self.map_method.name}, each image by its own {_PERCENTILE:.0f}th percentile"
         )
-        yield Picture(self.tag(self.method_name), tile_grid(tiles, captions(seen, probe), scale=scale))
+        yield Picture(self.tag(self.map_method.name), tile_grid(tiles, captions(outputs, probe), scale=scale))

@@ -1,60 +1,144 @@
-"""How records reach their sinks, and what becomes of a sink that fails."""
+"""From records to sinks, on the background thread; what becomes of a sink that fails."""
 
 from __future__ import annotations
 
 import dataclasses
-import traceback
-from collections.abc import Callable
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 
-from lightning_interp.sinks import Sink
-from lightning_interp.sinks.records import Record, ScalarLayout
+from lightning_interp.callbacks._lightning import Trainer, rank_zero_info
+from lightning_interp.callbacks.contract import Monitor
+from lightning_interp.callbacks.run.failures import Failures, format_exception
+from lightning_interp.callbacks.run.ranks import Ranks
+from lightning_interp.callbacks.run.trainer import run_folder
+from lightning_interp.sinks import FileSink, Sink, sinks_for
+from lightning_interp.sinks.background import BackgroundWriter
+from lightning_interp.sinks.records import Picture, Record, ScalarLayout
 
-__all__ = ["flush", "reach", "retagged", "told", "with_suffix", "write"]
+__all__ = ["Drawing", "Output", "open_sinks", "with_suffix", "write_to_sinks"]
+
+# A monitor (None: the run itself), and what makes its records on the writer's thread.
+Drawing = tuple[Monitor | None, Callable[[], Iterable[Record]]]
 
 
-def reach(sinks: list[Sink], act: Callable[[Sink], None]) -> tuple[list[tuple[Sink, Exception]], Exception | None]:
-    """Act on every sink. One that keeps nothing is taken off the list; the fault of a record is none of the sink's.
+class Output:
+    """Draws the records of a run and writes them to its sinks, in order, on one background thread.
 
     Args:
-        sinks: Where records go; changed in place.
-        act: What is done with each.
+        sinks: The sinks; empty on ranks that do not write.
+        monitors: All monitors of the run.
+        failures: Where the failures of monitors and sinks are noted.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], monitors: Sequence[Monitor], failures: Failures) -> None:
+        self.sinks = list(sinks)
+        self.writer = BackgroundWriter()
+        self._monitors = list(monitors)
+        self._failures = failures
+        self._lost: list[tuple[Sink, Exception]] = []  # not reported yet
+
+    def submit(self, drawings: Sequence[Drawing], step: int, suffix: str = "") -> None:
+        """Draw and write records later; what :attr:`Drawing` holds must not change any more.
+
+        Args:
+            drawings: The monitors and what makes their records.
+            step: The step that the records carry.
+            suffix: Put behind the kind of each tag.
+        """
+        if drawings:
+            self.writer.submit(functools.partial(self._write, list(drawings), step, suffix))
+
+    def report_lost_sinks(self) -> None:
+        """Warn once of each sink that takes no more records."""
+        lost, self._lost = self._lost, []
+        for sink, error in lost:
+            self._failures.mark_reported(error)
+            rest = "the other loggers get everything" if self.sinks else "every monitor is disabled"
+            warnings.warn(
+                f"lightning_interp writes no more through {type(sink).__name__}, which failed; {rest} from here on, "
+                f"and training goes on.\n{format_exception(error)}",
+                stacklevel=2,
+            )
+
+    def close(self) -> None:
+        """Write everything, and close the sinks."""
+        self.writer.close()
+        self.report_lost_sinks()
+        for sink in self.sinks:
+            try:
+                sink.close()
+            except Exception as error:
+                warnings.warn(f"lightning_interp could not finish writing: {format_exception(error)}", stacklevel=2)
+
+    def _write(self, drawings: Sequence[Drawing], step: int, suffix: str) -> None:
+        for monitor, make_records in drawings:
+            try:
+                for record in make_records():
+                    self._reach(monitor, functools.partial(_write_record, record=_retag(record, suffix), step=step))
+                self._reach(monitor, lambda sink: sink.flush())
+            except Exception as error:
+                if monitor is None:
+                    warnings.warn(f"lightning_interp could not write: {format_exception(error)}", stacklevel=2)
+                else:
+                    self._failures.note(monitor, error)
+
+    def _reach(self, monitor: Monitor | None, action: Callable[[Sink], None]) -> None:
+        """Act on every sink. One that keeps nothing is dropped; an error of a record is its monitor's."""
+        lost, error = write_to_sinks(self.sinks, action)
+        self._lost += lost
+        for _, reason in lost:
+            if monitor is not None and monitor.on_error == "raise":
+                self._failures.note(monitor, reason)
+            if not self.sinks:
+                for other in self._monitors:  # there is nothing left to record for
+                    self._failures.note(other, reason)
+        if error is not None:
+            raise error
+
+
+def open_sinks(trainer: Trainer, ranks: Ranks) -> list[Sink]:
+    """The sinks of a Trainer's loggers, and a file sink for the kinds of records that none of them accepts."""
+    if not ranks.is_rank_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return []  # as Lightning's own loggers: a trial run leaves nothing behind
+    sinks = sinks_for(trainer.loggers)
+    accepted = frozenset[type]().union(*(sink.accepts for sink in sinks))
+    if missing := FileSink.accepts - accepted:
+        folder, is_new = run_folder(trainer)
+        if is_new and Picture in missing:
+            rank_zero_info(f"lightning_interp: no logger here takes pictures; PNG and CSV files go to {folder}")
+        sinks.append(FileSink(folder, accepts=missing))
+    return sinks
+
+
+def write_to_sinks(
+    sinks: list[Sink], action: Callable[[Sink], None]
+) -> tuple[list[tuple[Sink, Exception]], Exception | None]:
+    """Act on every sink; one that fails by itself is removed, an error of the record is returned.
+
+    Args:
+        sinks: The sinks; changed in place.
+        action: What is done with each.
 
     Returns:
-        The sinks that were given up, each with its error, and the error of the record, if it had one.
+        The sinks that were removed, each with its error, and the error of the record, if there was one.
 
     Example:
         >>> from lightning_interp.sinks import MemorySink
-        >>> reach([MemorySink()], flush)
+        >>> write_to_sinks([MemorySink()], lambda sink: sink.flush())
         ([], None)
     """
-    lost, refused = [], None
+    lost, of_record = [], None
     for sink in list(sinks):
         try:
-            act(sink)
+            action(sink)
         except Exception as error:
-            if _is_lost(error):
+            if _is_sinks_own(error):
                 sinks.remove(sink)
                 lost.append((sink, error))
             else:
-                refused = error
-    return lost, refused
-
-
-def write(sink: Sink, record: Record, step: int) -> None:
-    """Write one record."""
-    sink.write(record, step)
-
-
-def flush(sink: Sink) -> None:
-    """Bring what was written to its place."""
-    sink.flush()
-
-
-def retagged(record: Record, suffix: str) -> Record:
-    """The record with a suffix behind its tag's kind."""
-    if not suffix or isinstance(record, ScalarLayout):
-        return record
-    return dataclasses.replace(record, tag=with_suffix(record.tag, suffix))
+                of_record = error
+    return lost, of_record
 
 
 def with_suffix(tag: str, suffix: str) -> str:
@@ -68,11 +152,17 @@ def with_suffix(tag: str, suffix: str) -> str:
     return f"{kind}{suffix}/{what}"
 
 
-def told(error: BaseException) -> str:
-    """An error with its traceback, as text."""
-    return "".join(traceback.format_exception(error)).strip()
+def _write_record(sink: Sink, record: Record, step: int) -> None:
+    if type(record) in sink.accepts:
+        sink.write(record, step)
 
 
-def _is_lost(error: Exception) -> bool:
+def _retag(record: Record, suffix: str) -> Record:
+    if not suffix or isinstance(record, ScalarLayout):
+        return record
+    return dataclasses.replace(record, tag=with_suffix(record.tag, suffix))
+
+
+def _is_sinks_own(error: Exception) -> bool:
     """Whether a sink failed by itself, rather than by the record that it was given."""
     return isinstance(error, OSError) or (isinstance(error, ValueError) and "closed file" in str(error))

@@ -1,4 +1,4 @@
-"""Who explains which share of the probe, who writes, and how ranks agree on a failure."""
+"""The processes that train together: shares of work, and collective operations on Python objects."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch import Tensor, nn
 from lightning_interp.callbacks._lightning import Trainer
 from lightning_interp.model.sharding import is_sharded
 
-__all__ = ["Ranks", "obstacle", "runs_together"]
+__all__ = ["Ranks", "is_collective", "unsupported_strategy"]
 
 
-def runs_together(trainer: Trainer) -> bool:
+def is_collective(trainer: Trainer) -> bool:
     """Whether all ranks must run the same passes: where the module is sharded, over one process or many."""
     return is_sharded(trainer.lightning_module)
 
 
-def obstacle(trainer: Trainer) -> str | None:
-    """Why nothing can be seen of a Trainer's module on any rank, if so."""
+def unsupported_strategy(trainer: Trainer) -> str | None:
+    """Why neither layers nor gradients of a Trainer's module can be read, on any rank; None where they can."""
     # By name: the strategies of both packages, without importing either.
     strategies = {kind.__name__ for kind in type(trainer.strategy).__mro__}
-    wrapped = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
-    flat = wrapped is not None and any(isinstance(each, wrapped) for each in _modules(trainer))
-    if flat or strategies & {"FSDPStrategy", "XLAFSDPStrategy"}:
+    wrapper = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
+    is_flat = wrapper is not None and any(isinstance(module, wrapper) for module in _modules(trainer))
+    if is_flat or strategies & {"FSDPStrategy", "XLAFSDPStrategy"}:
         return (
             "FSDP1 (FSDPStrategy) keeps flat parameters, of which neither layers nor gradients can be read; use "
             "ModelParallelStrategy with torch's fully_shard (FSDP2)"
@@ -48,8 +48,8 @@ class Ranks:
     """The processes that train together.
 
     Args:
-        rank: This process's number, from 0.
-        size: How many there are.
+        rank: This process's rank, from 0.
+        size: The number of processes.
 
     Example:
         >>> [Ranks(rank, 3).share(8) for rank in range(3)]
@@ -67,43 +67,43 @@ class Ranks:
         return cls()
 
     @property
-    def writes(self) -> bool:
-        """Whether this is the one that writes."""
+    def is_rank_zero(self) -> bool:
+        """Whether this process writes."""
         return self.rank == 0
 
     def share(self, total: int) -> slice:
-        """The part of ``total`` images that this rank explains; in the order of ranks they make up the whole."""
+        """This rank's part of ``total`` items; in the order of the ranks the parts make up all of them."""
         return slice(self.rank * total // self.size, (self.rank + 1) * total // self.size)
 
-    def everyone(self, value: Any) -> list[Any]:
-        """What each rank has to say, on every rank."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def to_writer(self, value: Any) -> list[Any] | None:
-        """What each rank found, on the writing rank; None elsewhere."""
+    def gather(self, value: Any) -> list[Any] | None:
+        """Return every rank's value on rank zero, None elsewhere."""
         if self.size == 1:
             return [value]
-        values: list[Any] | None = [None] * self.size if self.writes else None
+        values: list[Any] | None = [None] * self.size if self.is_rank_zero else None
         torch.distributed.gather_object(value, values, dst=0)
         return values
 
-    def from_writer(self, value: Any) -> Any:
-        """The writing rank's value, on every rank."""
+    def broadcast(self, value: Any) -> Any:
+        """Return rank zero's value, on every rank."""
         if self.size == 1:
             return value
         values = [value]
         torch.distributed.broadcast_object_list(values, src=0)
         return values[0]
 
-    def align(self, tensors: Iterable[Tensor], device: torch.device) -> None:
-        """Overwrite tensors with the writing rank's; ``device`` is where the ranks can talk."""
+    def broadcast_tensors(self, tensors: Iterable[Tensor], device: torch.device) -> None:
+        """Overwrite tensors with rank zero's, over a device that the process group's backend can use."""
         if self.size == 1:
             return
         for tensor in tensors:
-            there = tensor.detach().to(device).contiguous()
-            torch.distributed.broadcast(there, src=0)
-            tensor.data.copy_(there)
+            values = tensor.detach().to(device).contiguous()
+            torch.distributed.broadcast(values, src=0)
+            tensor.data.copy_(values)

@@ -1,38 +1,35 @@
-"""What is read off a Trainer beyond its public face, in one place."""
+"""What is read off a Trainer beyond its public face."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
 from torch.utils.data import IterableDataset
 
-from lightning_interp.callbacks._lightning import LightningModule, Trainer, rank_zero_info
-from lightning_interp.model.outputs import Predict, run_model
-from lightning_interp.sinks import FileSink, Sink, TensorBoardSink
+from lightning_interp.callbacks._lightning import LightningModule, Trainer
 
 __all__ = [
-    "forward",
+    "forget_logged",
+    "is_indexable",
     "is_last_step",
     "logged_step",
-    "looks_indexable",
     "probe_loader",
-    "scored_loader",
-    "sinks",
-    "transfer",
+    "run_folder",
+    "streamed_loader",
+    "transfer_batch",
 ]
 
 
 def logged_step(trainer: Trainer) -> int:
-    """The x at which Lightning logs metrics now; in ``on_train_epoch_end`` it is one ahead."""
+    """The step at which Lightning logs metrics now; in ``on_train_epoch_end`` it is one ahead."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def is_last_step(trainer: Trainer, module: LightningModule) -> bool:
-    """Whether the optimiser step that comes may be the epoch's last; manual optimisation may step at any time."""
+    """Whether the next optimiser step may be the epoch's last; manual optimisation may step at any time."""
     return (
         not module.automatic_optimization
         or trainer.should_stop
@@ -44,19 +41,19 @@ def is_last_step(trainer: Trainer, module: LightningModule) -> bool:
 def probe_loader(trainer: Trainer) -> Any:
     """The loader that probes come from by default: the stage's first; training's where there is none, or no image."""
     stages = [trainer.test_dataloaders] if trainer.testing else [trainer.val_dataloaders, trainer.train_dataloader]
-    for found in map(_first, stages):
-        if found is not None and not _is_empty(found):  # a loader's own truth is its length, and a stream has none
-            return found
+    for loader in map(_first_loader, stages):
+        if loader is not None and not _is_empty(loader):  # a loader's own truth is its length, and a stream has none
+            return loader
     return None
 
 
-def scored_loader(trainer: Trainer) -> Any:
-    """The loader whose images are scored: the first for the test or the validation, or None."""
-    found = _first(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders)
-    return None if found is None or _is_empty(found) else found
+def streamed_loader(trainer: Trainer) -> Any:
+    """The loader whose batches are streamed: the first of the test or the validation, or None."""
+    loader = _first_loader(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders)
+    return None if loader is None or _is_empty(loader) else loader
 
 
-def _first(loaders: Any) -> Any:
+def _first_loader(loaders: Any) -> Any:
     while isinstance(loaders, (list, tuple, dict)):
         loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders), None)
     return loaders
@@ -65,6 +62,12 @@ def _first(loaders: Any) -> Any:
 def _is_empty(loader: Any) -> bool:
     dataset: Any = getattr(loader, "dataset", None)
     return hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset) and len(dataset) == 0
+
+
+def is_indexable(dataset: object) -> bool:
+    """Whether single items can be read without consuming anything."""
+    has_items = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    return has_items and not isinstance(dataset, IterableDataset)
 
 
 def forget_logged(trainer: Trainer, names: Iterable[str]) -> None:
@@ -77,13 +80,7 @@ def forget_logged(trainer: Trainer, names: Iterable[str]) -> None:
             results.pop(f"on_validation_epoch_end.{name}", None)
 
 
-def looks_indexable(dataset: object) -> bool:
-    """Whether single items can be read without consuming anything."""
-    indexable = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    return indexable and not isinstance(dataset, IterableDataset)
-
-
-def transfer(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+def transfer_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
     """A batch as the module takes it in validation: converted, moved to the device, through the module's hooks."""
     stage = trainer.state.stage
     if trainer.training:
@@ -96,35 +93,23 @@ def transfer(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
         trainer.state.stage = stage
 
 
-def forward(precision: Any, predict: Predict | None, model: nn.Module, images: Any) -> Any:
-    """Run a module in the precision that its Trainer runs it in."""
-    with precision.forward_context():
-        return run_model(model, precision.convert_input(images), predict)
-
-
-def sinks(trainer: Trainer) -> list[Sink]:
-    """Where a Trainer's records go: TensorBoard where a logger is one, else files in the run's folder."""
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return []  # as Lightning's own loggers: a trial run leaves nothing behind
-    experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-    found: list[Sink] = [TensorBoardSink(each) for each in experiments if TensorBoardSink.takes(each)]
-    if found:
-        return found
-    if trainer not in _folders:
-        _folders[trainer] = _run_folder(trainer)
-        rank_zero_info(f"lightning_interp: no logger here takes pictures; PNG and CSV files go to {_folders[trainer]}")
-    return [FileSink(_folders[trainer])]
-
-
 # What a Trainer validates and tests after training belongs to the same run.
 _folders: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 
 
-def _run_folder(trainer: Trainer) -> Path:
+def run_folder(trainer: Trainer) -> tuple[Path, bool]:
+    """The folder of a run's files, and whether it is asked for the first time."""
+    is_new = trainer not in _folders
+    if is_new:
+        _folders[trainer] = _new_folder(trainer)
+    return _folders[trainer], is_new
+
+
+def _new_folder(trainer: Trainer) -> Path:
     for logger in trainer.loggers:
-        place: Callable[[], Any] | str | None = getattr(logger, "log_dir", None) or logger.save_dir
-        if isinstance(place, str):
-            return Path(place) / "lightning_interp"
-    folder = Path(trainer.default_root_dir) / "lightning_interp"
-    versions = [int(each.name[8:]) for each in folder.glob("version_*") if each.name[8:].isdigit()]
-    return folder / f"version_{max(versions, default=-1) + 1}"
+        folder: Any = getattr(logger, "log_dir", None) or logger.save_dir
+        if isinstance(folder, str):
+            return Path(folder) / "lightning_interp"
+    root = Path(trainer.default_root_dir) / "lightning_interp"
+    versions = [int(path.name[8:]) for path in root.glob("version_*") if path.name[8:].isdigit()]
+    return root / f"version_{max(versions, default=-1) + 1}"

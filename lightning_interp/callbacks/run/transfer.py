@@ -1,4 +1,4 @@
-"""Tensors on their way from the device to the writer, while training goes on."""
+"""Copies of tensors to the CPU while training goes on."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["HostCopy"]
 
 
 class HostCopy:
-    """A tensor that the training thread hands over and the writer's thread receives.
+    """A copy on the CPU that the training thread starts and the writer's thread waits for.
 
-    From a GPU it is copied into pinned memory without the training thread waiting for it; an event says when it is
-    there. On the CPU it is handed over as it is.
+    From a GPU the tensor is copied into pinned memory without blocking the training thread; an event marks the end of
+    the copy. A tensor on the CPU is handed over as it is.
 
     Args:
-        tensor: Any tensor that nothing changes in place any more.
+        tensor: Any tensor that is not changed in place any more.
 
     Example:
         >>> import torch
@@ -35,10 +35,10 @@ class HostCopy:
             self._tensor = tensor.cpu()
 
     def __reduce__(self) -> tuple[type[HostCopy], tuple[Tensor]]:
-        return HostCopy, (self.wait(),)  # another rank gets what has arrived
+        return HostCopy, (self.wait(),)  # another rank gets the finished copy
 
     def wait(self) -> Tensor:
-        """The tensor on the CPU, waited for where it is still on its way."""
+        """Return the copy, once it is finished."""
         if self._event is not None:
             self._event.synchronize()
         return self._tensor

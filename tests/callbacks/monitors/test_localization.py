@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler, Subset
 
 from lightning_interp import CAMMonitor, LocalizationMonitor, Probe, explain
-from lightning_interp.callbacks.run.scoring import Order
+from lightning_interp.callbacks.run.samples import SampleIndices
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.localize import EnergyPointingGame, MaxBoxAccuracy, PixelAveragePrecision, PointingGame
 from lightning_interp.sinks import MemorySink
@@ -157,8 +157,8 @@ def test_under_autocast_maps_are_made_in_float32() -> None:
     seen: list[Any] = []
 
     class Watching(LocalizationMonitor):
-        def heard_maps(self, *args: Any, **options: Any) -> Any:
-            maps, classes = super().heard_maps(*args, **options)
+        def maps_from_features(self, *args: Any, **options: Any) -> Any:
+            maps, classes = super().maps_from_features(*args, **options)
             seen.append((args[1].dtype, maps.dtype))
             return maps, classes
 
@@ -316,9 +316,9 @@ def test_the_order_of_a_distributed_sampler(length: int, ranks: int) -> None:
     for rank in range(ranks):
         sampler = DistributedSampler(data, ranks, rank, shuffle=False)  # type: ignore[arg-type, var-annotated]
         batches = DataLoader(data, batch_size=2, sampler=sampler)  # type: ignore[arg-type, var-annotated]
-        order = Order(batches)
+        order = SampleIndices(batches)
         for index, batch in enumerate(batches):
-            items = order.items(index, len(batch))
+            items = order.batch(index, len(batch))
             assert items is not None
             assert items[0] == batch.tolist()
             counted += [item for item, new in zip(*items, strict=True) if new]
@@ -327,10 +327,10 @@ def test_the_order_of_a_distributed_sampler(length: int, ranks: int) -> None:
 
 def test_no_order_is_made_up() -> None:
     data = list(range(10))
-    assert Order(DataLoader(data, batch_size=2, shuffle=True)).items(0, 2) is None  # type: ignore[arg-type, var-annotated]
-    assert Order(DataLoader(data, batch_size=None)).items(0, 2) is None  # type: ignore[arg-type, var-annotated]
-    assert Order(DataLoader(data, batch_size=4)).items(0, 3) is None  # type: ignore[arg-type, var-annotated]
-    assert Order(None).items(0, 1) is None
+    assert SampleIndices(DataLoader(data, batch_size=2, shuffle=True)).batch(0, 2) is None  # type: ignore[arg-type, var-annotated]
+    assert SampleIndices(DataLoader(data, batch_size=None)).batch(0, 2) is None  # type: ignore[arg-type, var-annotated]
+    assert SampleIndices(DataLoader(data, batch_size=4)).batch(0, 3) is None  # type: ignore[arg-type, var-annotated]
+    assert SampleIndices(None).batch(0, 1) is None
 
 
 # ---- When.
@@ -478,15 +478,15 @@ def test_hooks_go_where_the_step_raises() -> None:
 
 
 class Rash(LocalizationMonitor):
-    """Fails at the third batch that it hears, or at the first."""
+    """Fails at the fourth batch that it scores, or at the first."""
 
     left = 4
 
-    def heard_maps(self, *args: Any, **options: Any) -> Any:
-        self.left -= not options
+    def update(self, state: Any, batch: Any) -> None:
+        self.left -= 1
         if self.left == 0:
             raise ValueError("no score today")
-        return super().heard_maps(*args, **options)
+        super().update(state, batch)
 
 
 @pytest.mark.parametrize("left", [1, 4])
@@ -500,7 +500,7 @@ def test_a_failure_costs_one_warning_and_the_names_stay(left: int, memory: Memor
         _, log = run(
             [rash, CAMMonitor(probe=2, on_error="raise"), best], module, max_epochs=4, enable_checkpointing=True
         )
-    (said,) = [str(each.message) for each in caught if "rests from here on" in str(each.message)]
+    (said,) = [str(each.message) for each in caught if "is disabled from here on" in str(each.message)]
     assert "no score today" in said
     assert module.trained == 8
     scores = [each["energy_pointing_game"] for each in log.epochs]

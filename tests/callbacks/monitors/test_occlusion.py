@@ -56,7 +56,7 @@ def monitored(**options: Any) -> tuple[OcclusionMonitor, Probe]:
 def test_marks_the_patch_that_the_class_cannot_do_without() -> None:
     monitor, probe = monitored(patch=4, stride=2, fill=0.0, target=1)
     drops = explain.occlusion(Corner(), probe.images, 1, patch=4, stride=2, fill=0.0, returns="drop")
-    seen = {"maps": drops, "explained": torch.ones(2, dtype=torch.int64), "logits": Corner()(probe.images)}
+    seen = {"drops": drops, "explained": torch.ones(2, dtype=torch.int64), "logits": Corner()(probe.images)}
     (picture,) = monitor.draw(seen, probe)
     assert picture.tag == "occlusion/occlusion"
     marked = (picture.image == MAGENTA).all(2).nonzero()
@@ -81,8 +81,7 @@ def test_the_heat_and_the_mark_stand_where_the_class_is(
     images[:, :, 2:6, 24:28] += 1  # class 1 is predicted, class 0 is the label
     monitor = OcclusionMonitor(patch=4, stride=2, fill=0.0, target=target, on_error="raise")
     with Trace.record(Places(), images) as trace:
-        maps, explained = monitor.maps(trace, None, torch.tensor([0]))
-        seen = {"maps": maps, "explained": explained, "logits": trace.logits}
+        seen = monitor.outputs(trace, torch.tensor([0]))
     assert len(list(monitor.draw(seen, Probe(images, [0])))) == 1
     enlarged, (boxes,), _ = marks.call_args.args
     assert boxes.flatten().tolist() == [side * enlarged.shape[1] / 20 for side in box]
@@ -129,7 +128,7 @@ def test_maps_without_a_zero_are_shown_from_their_minimum(
 
 
 def test_every_explainer_has_a_monitor() -> None:
-    known = {*CAMMonitor.methods, *SaliencyMonitor.methods, *OcclusionMonitor.methods}
+    known = {*CAMMonitor.methods, *SaliencyMonitor.methods, "occlusion"}
     assert known == set(explain.__all__) - {"Explainer"}
 
 

@@ -37,17 +37,28 @@ from lightning_interp import (
     WeightHistogramMonitor,
     default_monitors,
 )
-from lightning_interp.callbacks.run import trainer as reading
-from lightning_interp.callbacks.run.session import Session, _sessions
+from lightning_interp.callbacks.run.runner import ModelRunner
 from lightning_interp.sinks import BackgroundWriter, FileSink, MemorySink, TensorBoardSink
 from lightning_interp.sinks.records import Picture, Scalar, Text
-from tests.helpers.runs import Net, dataset, fit, loader, make_trainer, read_events, steps, tags
+from tests.helpers.runs import (
+    TRAINER,
+    Net,
+    coordinator,
+    dataset,
+    fit,
+    loader,
+    loggers,
+    make_trainer,
+    read_events,
+    steps,
+    tags,
+)
 
 FULL = OSError(28, "No space left on device")
 
 
-def rests(caught: Any) -> list[str]:
-    return [str(each.message) for each in caught if "rests" in str(each.message)]
+def disabled(caught: Any) -> list[str]:
+    return [str(each.message) for each in caught if "is disabled from here on" in str(each.message)]
 
 
 def no_threads() -> bool:
@@ -84,7 +95,7 @@ OUT_OF_MEMORY: list[Callable[[], Exception]] = [
 def test_a_chunk_is_halved_for_all_until_it_fits(
     memory: MemorySink, error: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_interp.callbacks.run.session._CHUNKS", {"cpu": 12})
+    monkeypatch.setattr("lightning_interp.callbacks.run.runner._ROWS", {"cpu": 12})
     hungry, other = Hungry(5, error), Hungry(99, error)
     monitors = [
         CAMMonitor(method=other, name="other", probe=12, on_error="raise"),
@@ -96,7 +107,7 @@ def test_a_chunk_is_halved_for_all_until_it_fits(
     assert other.given == hungry.given, "all monitors that share the pass go by the same chunks"
     for tag in ("cam-hungry/Hungry", "cam-other/Hungry"):
         assert steps(memory, tag) == [0, 2], "each image is there once"
-    assert len({record.image.shape for _, record in memory.records}) == 1  # type: ignore[union-attr]
+    assert len({record.image.shape for _, record in memory.records if isinstance(record, Picture)}) == 1
 
 
 def test_what_never_fits_is_given_up_and_the_others_go_on_as_before(memory: MemorySink) -> None:
@@ -106,7 +117,7 @@ def test_what_never_fits_is_given_up_and_the_others_go_on_as_before(memory: Memo
         fit([CAMMonitor(method=hungry, name="hungry"), CAMMonitor(method=other, name="other")], module, max_epochs=1)
     assert hungry.given == [8, 4, 2, 1]
     assert other.given == [8, 4, 2, 1, 7, 8], "with that one gone, the rest of the chunk goes at once"
-    (warning,) = rests(caught)
+    (warning,) = disabled(caught)
     assert "CAMMonitor('hungry')" in warning
     assert "Traceback" in warning
     assert module.trained == 3
@@ -142,7 +153,7 @@ def test_halved_chunks_show_what_the_whole_shows(memory: MemorySink, monkeypatch
 
 
 def test_nothing_is_tried_again_inside_a_sharded_forward(memory: MemorySink, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Session, "may_retry", property(lambda self: False))
+    monkeypatch.setattr(ModelRunner, "is_collective", property(lambda self: True))
     hungry = Hungry(5, OUT_OF_MEMORY[0])
     with pytest.warns(UserWarning, match="out of memory"):
         fit([CAMMonitor(method=hungry)], max_epochs=1)
@@ -169,20 +180,20 @@ def test_a_lack_of_memory_keeps_no_tensor_alive(memory: MemorySink) -> None:
 
 
 def test_copying_the_parameters_may_lack_memory_too(memory: MemorySink, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_interp.callbacks.run import session
+    from lightning_interp.callbacks.run import probe_pass
 
-    true_guard = session.preserve_state
+    true_guard = probe_pass.preserve_state
 
     def guard(module: Any, *, parameters: bool = False) -> Any:
         if parameters:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return true_guard(module)
 
-    monkeypatch.setattr(session, "preserve_state", guard)
+    monkeypatch.setattr(probe_pass, "preserve_state", guard)
     module = Net()
     with pytest.warns(UserWarning, match="out of memory") as caught:
         fit([NormMonitor(on_error="raise"), CAMMonitor(method=lambda m, i, t: i.mean(1))], module)
-    assert len(rests(caught)) == 1
+    assert len(disabled(caught)) == 1
     assert module.trained == 6
     assert steps(memory, "norms/weight") == [0, 2, 5]
 
@@ -259,7 +270,7 @@ def test_a_full_disk_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     module = Net()
     with pytest.warns(UserWarning, match="No space left") as caught:
         fit(default_monitors(), module, max_epochs=3, default_root_dir=str(tmp_path))
-    (warning,) = rests(caught)
+    (warning,) = disabled(caught)
     assert "Traceback" in warning
     assert "FileSink" in warning
     assert module.trained == 9
@@ -280,7 +291,7 @@ def test_a_disk_that_fills_later_keeps_what_was_written(tmp_path: Path, monkeypa
     module = Net()
     with pytest.warns(UserWarning, match="No space left") as caught:
         fit([FilterMonitor()], module, max_epochs=3, default_root_dir=str(tmp_path))
-    assert len(rests(caught)) == 1
+    assert len(disabled(caught)) == 1
     assert module.trained == 9
     pictures = sorted(tmp_path.rglob("*.png"))
     assert [each.stem for each in pictures] == ["00000000", "00000002"]
@@ -317,7 +328,7 @@ class Broken(MemorySink):
 @pytest.mark.parametrize("first", [True, False])
 def test_of_two_places_the_other_gets_everything(monkeypatch: pytest.MonkeyPatch, first: bool) -> None:
     broken, whole = Broken(FULL, step=2), MemorySink()
-    monkeypatch.setattr(reading, "sinks", lambda trainer: [broken, whole] if first else [whole, broken])
+    monkeypatch.setitem(TRAINER, "logger", loggers(broken, whole) if first else loggers(whole, broken))
     with pytest.warns(UserWarning, match="the other loggers get everything") as caught:
         fit([FilterMonitor(), NormMonitor()])
     assert len([each for each in caught if "lightning_interp" in str(each.message)]) == 1
@@ -328,10 +339,10 @@ def test_of_two_places_the_other_gets_everything(monkeypatch: pytest.MonkeyPatch
 
 def test_a_record_that_no_place_takes_is_its_monitors_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     picky, whole = Broken(TypeError("no such picture"), only="filters"), MemorySink()
-    monkeypatch.setattr(reading, "sinks", lambda trainer: [picky, whole])
-    with pytest.warns(UserWarning, match="FilterMonitor failed and rests") as caught:
+    monkeypatch.setitem(TRAINER, "logger", loggers(picky, whole))
+    with pytest.warns(UserWarning, match="FilterMonitor failed and is disabled") as caught:
         fit([FilterMonitor(), NormMonitor()])
-    assert len(rests(caught)) == 1
+    assert len(disabled(caught)) == 1
     assert steps(picky, "norms/weight") == steps(whole, "norms/weight") == [0, 2, 5]
 
 
@@ -339,7 +350,7 @@ def test_a_writer_that_somebody_closed(tmp_path: Path) -> None:
     class Closing(Net):
         def on_train_epoch_start(self) -> None:
             written = threading.Event()
-            _sessions[self.trainer].writer.submit(written.set)
+            coordinator(self.trainer).output.writer.submit(written.set)
             assert written.wait(30)
             self.logger.experiment.close()
 
@@ -355,17 +366,17 @@ def test_a_writer_that_somebody_closed(tmp_path: Path) -> None:
 
 def test_a_writer_that_refuses_once_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = SummaryWriter(str(tmp_path))
-    monkeypatch.setattr(reading, "sinks", lambda trainer: [TensorBoardSink(writer)])
+    monkeypatch.setitem(TRAINER, "logger", loggers(TensorBoardSink(writer)))
 
     class Closing(Net):
         def on_train_epoch_start(self) -> None:
             if self.current_epoch == 1:
-                _sessions[self.trainer].writer.submit(lambda: writer.file_writer.event_writer.close())
+                coordinator(self.trainer).output.writer.submit(lambda: writer.file_writer.event_writer.close())
 
     module = Closing()
     with pytest.warns(UserWarning, match="Writer is closed") as caught:
         fit([FilterMonitor(), NormMonitor()], module, max_epochs=3)
-    assert len(rests(caught)) == 1
+    assert len(disabled(caught)) == 1
     assert module.trained == 9
     assert [event.step for event in read_events(tmp_path).Images("filters/net.0")] == [0, 2]
 
@@ -381,13 +392,13 @@ def test_an_event_file_on_a_full_device(tmp_path: Path, monkeypatch: pytest.Monk
     if inner is None:
         pytest.skip("TensorBoard keeps its file elsewhere")
     inner._writer = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
-    monkeypatch.setattr(reading, "sinks", lambda trainer: [TensorBoardSink(writer)])
+    monkeypatch.setitem(TRAINER, "logger", loggers(TensorBoardSink(writer)))
     module = Net()
     started = time.monotonic()
     with pytest.warns(UserWarning, match="No space left") as caught:
         fit(default_monitors(), module, max_epochs=3)
     assert time.monotonic() - started < 30
-    assert len(rests(caught)) == 1
+    assert len(disabled(caught)) == 1
     assert module.trained == 9
     assert no_threads()
     inner._writer.close()
@@ -573,7 +584,7 @@ class Watching(torch.utils.data.Dataset[Any]):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_loaders_with_workers_beside_a_busy_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow()
-    monkeypatch.setattr(reading, "sinks", lambda trainer: [slow])
+    monkeypatch.setitem(TRAINER, "logger", loggers(slow))
     module = Net()
     fit(
         default_monitors(probe=2, on_error="raise", every_n_train_steps=1),
@@ -589,7 +600,7 @@ def test_loaders_with_workers_beside_a_busy_thread(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("where", ["training_step", "validation_step", "on_train_epoch_end"])
 def test_an_exception_drains_the_queue_and_leaves_no_thread(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     slow = Slow()
-    monkeypatch.setattr(reading, "sinks", lambda trainer: [slow])
+    monkeypatch.setitem(TRAINER, "logger", loggers(slow))
     module = Net()
 
     def fail(*args: Any) -> None:
@@ -776,7 +787,7 @@ def test_a_probe_that_cannot_be_loaded(memory: MemorySink) -> None:
     broken = CAMMonitor(probe=Unreadable())
     with pytest.warns(UserWarning, match="photograph is broken") as caught:
         fit([broken, FilterMonitor(on_error="raise"), SaliencyMonitor(probe=2, on_error="raise")], module)
-    assert len(rests(caught)) == 1
+    assert len(disabled(caught)) == 1
     assert module.trained == 6
     assert steps(memory, "filters/net.0") == steps(memory, "saliency/saliency") == [0, 2, 5]
     assert not steps(memory, "cam/gradcam")
@@ -792,5 +803,5 @@ def test_all_monitors_of_a_class_rest_on_their_own(memory: MemorySink) -> None:
     monitors = [CAMMonitor(method=fail, name=str(i), probe=probe, every_n_epochs=1 + i) for i in range(2)]
     with pytest.warns(UserWarning, match="not today") as caught:
         fit([*monitors, CAMMonitor(probe=probe, on_error="raise")])
-    assert len(rests(caught)) == 2
+    assert len(disabled(caught)) == 2
     assert steps(memory, "cam/gradcam") == [0, 2, 5]

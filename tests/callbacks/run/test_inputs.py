@@ -31,10 +31,21 @@ from lightning_interp import (
     default_monitors,
 )
 from lightning_interp.callbacks import Monitor
-from lightning_interp.callbacks.run import trainer as reading
 from lightning_interp.sinks import MemorySink
 from lightning_interp.sinks.records import Picture
-from tests.helpers.runs import Items, Net, dataset, fit, loader, make_trainer, read_events, steps, tags
+from tests.helpers.runs import (
+    TRAINER,
+    Items,
+    Net,
+    dataset,
+    fit,
+    loader,
+    loggers,
+    make_trainer,
+    read_events,
+    steps,
+    tags,
+)
 
 PICTURES = ["cam/gradcam", "saliency/saliency", "filters/net.0", "norms/weight"]
 
@@ -326,7 +337,7 @@ def test_any_batch_can_be_looked_at(
     # Read by the index, a data set of whole batches gives none; passing by, it does.
     source = [batch] if not iterable else PassingBy(batch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "sinks", lambda trainer: [memory])
+        patch.setitem(TRAINER, "logger", loggers(memory))
         # A single pixel has no extent that a layer could be found by.
         look: Any = {"probe": asked, "on_error": "raise", "layer": "net.0" if height * width == 1 else None}
         cam = CAMMonitor(**look)
@@ -362,7 +373,7 @@ class PassingBy(torch.utils.data.IterableDataset[Any]):
 def test_any_schedule(every: dict[str, Any], at_start: bool, accumulate: int, epochs: int) -> None:
     memory = MemorySink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "sinks", lambda trainer: [memory])
+        patch.setitem(TRAINER, "logger", loggers(memory))
         fit(
             [NormMonitor(at_start=at_start, on_error="raise", **every)],
             Net(plain=True),

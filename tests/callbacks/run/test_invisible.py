@@ -106,10 +106,10 @@ class Vandal:
 def test_a_failing_explanation_warns_once_rests_and_leaves_no_trace(memory: MemorySink, alone: dict[str, Any]) -> None:
     vandal = Vandal()
     monitors = [*default_monitors(on_error="raise"), CAMMonitor(method=vandal, name="rash")]
-    with pytest.warns(UserWarning, match="rests from here on") as caught:
+    with pytest.warns(UserWarning, match="is disabled from here on") as caught:
         left = train(monitors)
     assert differences(alone, left) == []
-    (warning,) = [each for each in caught if "rests" in str(each.message)]
+    (warning,) = [each for each in caught if "disabled" in str(each.message)]
     for part in ("CAMMonitor('rash')", "Traceback", "ValueError: no explanation today", "on_error='raise'"):
         assert part in str(warning.message)
     assert vandal.asked == 2

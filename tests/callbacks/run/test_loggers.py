@@ -149,7 +149,7 @@ def test_training_goes_on_where_a_record_cannot_be_written(tmp_path: Path, monke
     with pytest.warns(UserWarning, match="No space left on device") as caught:
         fit([FilterMonitor(every_n_train_steps=1)], module, default_root_dir=str(tmp_path))
     assert module.trained == 6
-    assert len([each for each in caught if "rests" in str(each.message)]) == 1
+    assert len([each for each in caught if "disabled" in str(each.message)]) == 1
     assert not files(tmp_path)
 
 

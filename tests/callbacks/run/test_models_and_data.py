@@ -17,7 +17,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_interp import CAMMonitor, FilterMonitor, NormMonitor, Probe, SaliencyMonitor, default_monitors
-from lightning_interp.callbacks import Monitor
+from lightning_interp.callbacks import Monitor, WeightMonitor
 from lightning_interp.render import filter_grid
 from lightning_interp.sinks import MemorySink
 from lightning_interp.sinks.records import Picture, Scalar
@@ -64,7 +64,9 @@ def check(memory: MemorySink, expected: tuple[int, ...] = (0, 2)) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"val": None}, {"limit_val_batches": 0}, {"val": [loader(dataset(8)), loader(dataset(4))]}], ids=str
+    "options",
+    [{"val": None}, {"limit_val_batches": 0}, {"val": [loader(dataset(8)), loader(dataset(4))]}],
+    ids=["none", "of no batches", "of two loaders"],
 )
 def test_with_and_without_validation(memory: MemorySink, options: dict[str, Any]) -> None:
     module = Net()
@@ -343,14 +345,14 @@ def test_a_slow_writer_shows_what_was_there_at_the_look(memory: MemorySink, monk
 
 
 def test_a_user_defined_monitor(memory: MemorySink) -> None:
-    class Largest(Monitor):
+    class Largest(WeightMonitor):
         kind = "largest"
 
-        def observe(self, module: nn.Module, step: int) -> float:
+        def capture(self, module: nn.Module, step: int) -> float:
             return max(float(each.abs().max()) for each in module.parameters())
 
-        def report(self, seen: float, step: int) -> Any:
-            yield Scalar(self.tag("weight"), seen)
+        def records(self, data: float, step: int) -> Any:
+            yield Scalar(self.tag("weight"), data)
 
     fit([Largest(), Largest(name="b", every_n_epochs=2)])
     assert steps(memory, "largest/weight") == [0, 2, 5]

@@ -18,11 +18,10 @@ import torch
 from torch import nn
 
 from lightning_interp import NormMonitor, default_monitors
-from lightning_interp.callbacks.run import trainer as reading
-from lightning_interp.callbacks.run.ranks import obstacle
+from lightning_interp.callbacks.run.ranks import unsupported_strategy
 from lightning_interp.sinks import MemorySink
 from tests.helpers.processes import HELPERS, finish, play, start
-from tests.helpers.runs import Net, fit, read_events
+from tests.helpers.runs import TRAINER, Net, fit, read_events
 
 pytestmark = [
     pytest.mark.distributed,
@@ -46,8 +45,8 @@ def seen(folder: Path, scene: str) -> tuple[Any, Any]:
 @pytest.fixture
 def scenes(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The script as a module, imported late: it loads what only these tests need."""
-    monkeypatch.setattr(reading, "sinks", reading.sinks)
-    import sharded_processes
+    monkeypatch.setitem(TRAINER, "logger", TRAINER["logger"])  # put back, whatever a scene sets
+    from tests.helpers import sharded_processes
 
     return sharded_processes
 
@@ -208,18 +207,20 @@ class _Flat:
 
 @pytest.mark.parametrize(("name", "stage"), [("FSDPStrategy", 0), ("XLAFSDPStrategy", 0), ("DeepSpeedStrategy", 3)])
 def test_what_cannot_be_read_is_named(name: str, stage: int) -> None:
-    assert "ModelParallelStrategy" in str(obstacle(_Flat(name, stage)))  # type: ignore[arg-type]
+    assert "ModelParallelStrategy" in str(unsupported_strategy(_Flat(name, stage)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["DDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
 def test_what_can_be_read_is_not(name: str) -> None:
-    assert obstacle(_Flat(name, 2)) is None  # type: ignore[arg-type]
+    assert unsupported_strategy(_Flat(name, 2)) is None  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_read_is_said_once_and_the_run_goes_on(
     memory: MemorySink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_interp.callbacks.run.session.obstacle", lambda trainer: "flat parameters")
+    monkeypatch.setattr(
+        "lightning_interp.callbacks.run.coordinator.unsupported_strategy", lambda trainer: "flat parameters"
+    )
     module = Net()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_interp.callbacks.run import trainer as reading
 from lightning_interp.callbacks.run.ranks import Ranks
 from tests.helpers import two_processes
 from tests.helpers.processes import HELPERS, play
-from tests.helpers.runs import read_events
+from tests.helpers.runs import TRAINER, read_events
 
 pytestmark = pytest.mark.distributed
 PICTURES = {"cam/gradcam", "saliency/saliency", "filters/net.0"}
@@ -36,7 +35,7 @@ def seen(folder: Path, scene: str) -> tuple[Any, Any]:
 def test_two_processes_draw_what_one_draws(folder: Path, monkeypatch: pytest.MonkeyPatch, scene: str, n: int) -> None:
     together, nothing = seen(folder, scene)
     assert nothing == {}, "one writer"
-    monkeypatch.setattr(reading, "sinks", reading.sinks)
+    monkeypatch.setitem(TRAINER, "logger", TRAINER["logger"])  # put back, whatever a scene sets
     alone = two_processes.looks(n)
     assert {tag for tag, _ in together} == {tag for tag, _ in alone}
     for tag in PICTURES:
@@ -118,7 +117,7 @@ def test_two_processes_find_the_scores_that_one_finds(
 ) -> None:
     first, second = seen(folder, scene)
     assert first["sync"] == second["sync"] == first["said"] == []
-    monkeypatch.setattr(reading, "sinks", reading.sinks)
+    monkeypatch.setitem(TRAINER, "logger", TRAINER["logger"])  # put back, whatever a scene sets
     alone = two_processes.scores(**options)["logged"]
     assert len(alone) == 2
     # Nothing learns here, so that both train the same; the shards of seven images hold four each, one of them twice.
@@ -156,5 +155,5 @@ def test_shares_make_up_the_whole_in_order(total: int, size: int) -> None:
 
 def test_a_single_rank_talks_to_nobody() -> None:
     alone = Ranks()
-    assert alone.writes
-    assert (alone.everyone("x"), alone.to_writer("x"), alone.from_writer("x")) == (["x"], ["x"], "x")
+    assert alone.is_rank_zero
+    assert (alone.all_gather("x"), alone.gather("x"), alone.broadcast("x")) == (["x"], ["x"], "x")
