@@ -185,6 +185,9 @@ class SinkLogger(DummyLogger):
         super().__init__()
         self.sink = sink
 
+    def __deepcopy__(self, memo: Any) -> SinkLogger:  # Lightning's dummy has every attribute, this one too
+        return SinkLogger(MemorySink())
+
 
 @register
 class PassedSink(MemorySink):

@@ -161,8 +161,8 @@ class LocalizationMonitor(ProbeMonitor, StreamMonitor):
         return (
             "Boxes drawn from the maps (orange) beside the true ones (green), and how well maps find the objects, over "
             "the validation data: the share of right boxes at the best threshold, of peaks on the object, of heat on "
-            "the object. Read each score against its baseline, `whole_image`, `centered_box`, `center` or `uniform`: where "
-            "objects are large and central, a model that ignores the image scores high."
+            "the object. Read each score against its baseline, `whole_image`, `centered_box`, `center` or `uniform`: "
+            "where objects are large and central, a model that ignores the image scores high."
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -104,7 +104,8 @@ class NormMonitor(StepMonitor):
         return (
             "How large each layer's weights and gradients are, and how far one optimiser step moves the weights "
             "compared with their norm (often about 1e-3). Gradients that vanish or explode show as layers that differ "
-            "by orders of magnitude. Behind a normalisation layer the norm of the weights says little: they can be scaled freely."
+            "by orders of magnitude. Behind a normalisation layer the norm of the weights says little: they can be "
+            "scaled freely."
         )
 
     def before_optimizer_step(self, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -95,14 +95,16 @@ class MeasurePass:
             if monitor not in outcome.errors:
                 # Every rank of a sharded module measured all items.
                 parts = [partials[monitor]] if collective else self._ranks.all_gather(partials[monitor])
+                parts = [part for part in parts if part is not None]
                 with collecting(outcome.errors, [monitor]):
-                    outcome.values[monitor] = monitor.merge(parts)
+                    if parts:
+                        outcome.values[monitor] = monitor.merge(parts)
         self._failures.sync(outcome.errors)
         outcome.values = {each: value for each, value in outcome.values.items() if each not in outcome.errors}
         return outcome
 
     def _partial(self, module: LightningModule, monitor: MeasureMonitor) -> Any:
-        """This rank's result, on the CPU."""
+        """This rank's result, on the CPU; None where no item is its share."""
         probe = self._probes.get(monitor)
         if probe is None:
             raise ConfigurationError(
@@ -111,6 +113,6 @@ class MeasurePass:
             )
         data = MeasureData(probe, self._runner.device, self._runner.predict(monitor.predict))
         items = monitor.items(module, data)
-        share = slice(0, len(items)) if self._runner.is_collective else self._ranks.share(len(items))
-        partial = monitor.measure(module, data, items[share])
+        share = items if self._runner.is_collective else items[self._ranks.share(len(items))]
+        partial = monitor.measure(module, data, share) if len(share) else None
         return apply_to_collection(partial, Tensor, lambda tensor: tensor.detach().cpu())

@@ -75,9 +75,9 @@ class StreamPass:
     def check(self, module: LightningModule) -> None:
         """Refuse monitors of annotations where no images have any, as far as that is known before the pass."""
         for monitor in self._monitors:
-            if monitor.uses_annotations and not self._failures.has_failed(monitor):
-                if not self._is_annotated(monitor, module):
-                    raise _no_annotations(monitor)
+            is_checked = monitor.uses_annotations and not self._failures.has_failed(monitor)
+            if is_checked and not self._is_annotated(monitor, module):
+                raise _no_annotations(monitor)
 
     def begin(self, module: LightningModule) -> None:
         """Make the state of the monitors that are due."""
