@@ -24,7 +24,7 @@ from lightning_interp.callbacks.parameter_groups import (
 )
 from lightning_interp.errors import ConfigurationError, describe
 from lightning_interp.localize import GAPClassifier
-from lightning_interp.model.locate import layer_name, original
+from lightning_interp.model.locate import layer_name, unwrap_compiled
 
 __all__ = ["GAPHeadFinetuning"]
 
@@ -164,7 +164,7 @@ class GAPHeadFinetuning(BaseFinetuning):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the backbone parameter groups of its own; a checkpoint's optimiser states are restored after this."""
-        if not isinstance(original(_classifier(pl_module, self.attribute)), GAPClassifier):
+        if not isinstance(unwrap_compiled(_classifier(pl_module, self.attribute)), GAPClassifier):
             raise ConfigurationError(
                 f"{type(pl_module).__name__} made another {self.attribute!r} in its setup() or configure_model(), "
                 "after GAPHeadFinetuning had adapted it; make the classifier in __init__"
@@ -244,13 +244,13 @@ class GAPHeadFinetuning(BaseFinetuning):
     def _asked(self, pl_module: LightningModule) -> dict[str, Any]:
         classifier = _classifier(pl_module, self.attribute)
         if isinstance(self.layer, nn.Module):
-            adapted = isinstance(original(classifier), GAPClassifier)
-            self.layer = None if adapted else layer_name(original(classifier), self.layer)
+            adapted = isinstance(unwrap_compiled(classifier), GAPClassifier)
+            self.layer = None if adapted else layer_name(unwrap_compiled(classifier), self.layer)
         names = ("attribute", "num_classes", "layer", "sample", "output_stride", "conv_channels", "dropout")
         return {name: getattr(self, name) for name in names}
 
     def _classifier(self, pl_module: nn.Module) -> GAPClassifier:
-        return cast(GAPClassifier, original(_classifier(pl_module, self.attribute)))
+        return cast(GAPClassifier, unwrap_compiled(_classifier(pl_module, self.attribute)))
 
     def _backbone(self, pl_module: nn.Module) -> nn.Module:
         """All that was there before."""
@@ -362,7 +362,7 @@ def _classifier(module: nn.Module, attribute: str) -> nn.Module:
 
 def _stays(classifier: nn.Module, asked: Mapping[str, Any]) -> bool:
     """Whether this is adapted already, as it was asked."""
-    classifier = original(classifier)
+    classifier = unwrap_compiled(classifier)
     if not isinstance(classifier, GAPClassifier):
         return False
     channels, classes = asked["conv_channels"], asked["num_classes"]
@@ -392,7 +392,7 @@ def _adapt(module: nn.Module, recipe: Mapping[str, Any]) -> GAPClassifier:
     sample = None if recipe["sample"] is None else _images(before, recipe["sample"])
     adapted = GAPClassifier.from_classifier(before, sample=sample, **options)
     # Adapted for the second time, to other classes: from the plain classifier both together lead here.
-    earlier = getattr(original(before), _RECIPE, {})
+    earlier = getattr(unwrap_compiled(before), _RECIPE, {})
     later = {name: value for name, value in recipe.items() if value is not None or name not in earlier}
     setattr(adapted, _RECIPE, {**earlier, **later})
     _replace(module, recipe["attribute"], adapted)

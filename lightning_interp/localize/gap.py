@@ -22,7 +22,7 @@ from lightning_interp.model.locate import (
     locate,
     locate_features,
     locate_last_convolution,
-    original,
+    unwrap_compiled,
 )
 from lightning_interp.model.outputs import checked_images, output_logits, run_model
 from lightning_interp.model.preserve import preserve_state
@@ -113,7 +113,7 @@ class GAPClassifier(nn.Module):
             True
         """
         _check_options(model, num_classes, output_stride, conv_channels, dropout)
-        model = original(model)
+        model = unwrap_compiled(model)
         renewed = num_classes is not None or conv_channels is not None or bool(dropout)
         if isinstance(model, GAPClassifier) and not renewed and layer is None and output_stride is None:
             return copy.deepcopy(model)

@@ -26,15 +26,15 @@ __all__ = [
     "locate",
     "locate_features",
     "locate_last_convolution",
-    "original",
     "plain_name",
-    "structure_of",
+    "structure_key",
+    "unwrap_compiled",
 ]
 
 _ADVICE = "name a layer that gives (N, C, h, w) activations, or tokens, with layer=..."
 
 
-def original(module: nn.Module) -> nn.Module:
+def unwrap_compiled(module: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` wrapped, or the module itself."""
     inner = getattr(module, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else module
@@ -64,7 +64,7 @@ def find_layer(model: nn.Module, layer: str | nn.Module) -> nn.Module:
         ReLU()
     """
     if isinstance(layer, nn.Module):
-        layer = original(layer)
+        layer = unwrap_compiled(layer)
         if not any(layer is module for module in model.modules()):
             raise ConfigurationError(
                 f"the layer {type(layer).__name__} is not part of {type(model).__name__}; pass a submodule of the "
@@ -73,7 +73,7 @@ def find_layer(model: nn.Module, layer: str | nn.Module) -> nn.Module:
         return layer
     if not isinstance(layer, str):
         raise ConfigurationError(f"a layer is a module or its dotted name, got {layer!r}")
-    modules = {plain_name(name): original(module) for name, module in model.named_modules() if name}
+    modules = {plain_name(name): unwrap_compiled(module) for name, module in model.named_modules() if name}
     if plain_name(layer) in modules:
         return modules[plain_name(layer)]
     near = _near_names(layer, list(modules))
@@ -91,7 +91,7 @@ def layer_name(model: nn.Module, layer: nn.Module) -> str:
         '1'
     """
     for name, module in model.named_modules():
-        if original(module) is original(layer):
+        if unwrap_compiled(module) is unwrap_compiled(layer):
             return plain_name(name)
     raise ConfigurationError(f"the layer {type(layer).__name__} is not part of {type(model).__name__}")
 
@@ -172,7 +172,7 @@ def locate(
         return HookPoint(layer_name(model, module), module, call_index=call_index)
     if images is None:
         raise ConfigurationError("to find the last spatial layer, locate needs images")
-    structure = (checked_images(images).shape[1:], structure_of(model))
+    structure = (checked_images(images).shape[1:], structure_key(model))
     if predict is None and (known := _remembered(model, structure)) is not None:
         return known
     watcher = _watched(model, images[:1], predict)
@@ -185,7 +185,7 @@ def locate(
     return point
 
 
-def structure_of(model: nn.Module) -> tuple[Any, ...]:
+def structure_key(model: nn.Module) -> tuple[Any, ...]:
     """What decides the way through a model, as far as is seen: its modules, and the flags and names they show."""
     seen: list[Any] = []
     for module in model.modules():
@@ -275,7 +275,9 @@ def _watched(model: nn.Module, images: Tensor, predict: Predict | None) -> Pooli
     modules = {
         plain_name(name): each
         for name, each in model.named_modules()
-        if name and original(each) is each and not isinstance(each, torch.jit.ScriptModule)  # which takes no hook
+        if name
+        and unwrap_compiled(each) is each
+        and not isinstance(each, torch.jit.ScriptModule)  # which takes no hook
     }
     with preserve_state(model), torch.no_grad(), tap(modules, watcher.on_output), watcher:
         output = run_model(model, images, predict)

@@ -6,7 +6,14 @@ from torch import nn
 from torchvision import models
 
 from lightning_interp.errors import ConfigurationError
-from lightning_interp.model.locate import find_layer, first_convolution, layer_name, linear_heads, original, plain_name
+from lightning_interp.model.locate import (
+    find_layer,
+    first_convolution,
+    layer_name,
+    linear_heads,
+    plain_name,
+    unwrap_compiled,
+)
 from tests.helpers.zoo import Net, animal
 
 
@@ -32,8 +39,8 @@ def test_compiled_parts_stand_for_what_they_wrap(model: Net) -> None:
     assert find_layer(whole, model.second) is inner
     assert layer_name(whole, inner) == layer_name(whole, model.second) == "second"
     assert layer_name(whole, inner[0]) == "second.0"
-    assert original(whole) is model
-    assert original(model) is model
+    assert unwrap_compiled(whole) is model
+    assert unwrap_compiled(model) is model
     assert plain_name("_orig_mod.a._orig_mod.b") == "a.b"
 
 

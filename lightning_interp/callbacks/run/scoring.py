@@ -18,7 +18,7 @@ from lightning_interp.data.annotations import Annotations, dataset_annotations, 
 from lightning_interp.data.probe import Probe
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.model.hooks import tap
-from lightning_interp.model.locate import original
+from lightning_interp.model.locate import unwrap_compiled
 from lightning_interp.model.preserve import preserve_state
 from lightning_interp.model.sharding import reset_fsdp_state
 
@@ -331,7 +331,7 @@ def _log(module: LightningModule, monitor: LocalizationMonitor, values: Mapping[
 def _is_compiled(module: nn.Module) -> bool:
     """Whether code was compiled here, which would not hear a new hook, or be compiled again because of it."""
     return getattr(module, "_compiler_ctx", None) is not None or any(
-        original(each) is not each or getattr(each, "_compiled_call_impl", None) is not None
+        unwrap_compiled(each) is not each or getattr(each, "_compiled_call_impl", None) is not None
         for each in module.modules()
     )
 

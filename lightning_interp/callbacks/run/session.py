@@ -23,7 +23,7 @@ from lightning_interp.callbacks.run.transfer import HostCopy
 from lightning_interp.data.probe import Probe
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.model.hooks import HookPoint
-from lightning_interp.model.locate import locate, structure_of
+from lightning_interp.model.locate import locate, structure_key
 from lightning_interp.model.outputs import Predict
 from lightning_interp.model.preserve import preserve_state
 from lightning_interp.model.sharding import reset_fsdp_state, reshard
@@ -465,7 +465,7 @@ class Session:
         if not monitor.wants_layer:
             return None
         layer, _ = monitor.where(module)
-        key = (layer, monitor.predict, images.shape[1:], structure_of(module))
+        key = (layer, monitor.predict, images.shape[1:], structure_key(module))
         if key not in self._sites:
             self._sites[key] = locate(module, layer, images, predict=self._forward(monitor.predict))
         return self._sites[key]
