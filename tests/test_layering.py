@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"model.preserve"},
     "explain": {"model"},
     "weights": {"model"},
-    "localize": {"model", "explain", "data.annotations"},
+    "localize": {"model", "explain", "data.annotations", "data.boxes"},
     "render": set(),
     "sinks": set(),
     "callbacks": {"callbacks"},
