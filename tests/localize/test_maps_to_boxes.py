@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_interp import ConfigurationError
 from lightning_interp.localize import fit_threshold, maps_to_boxes, maps_to_masks
-from lightning_interp.localize.boxes import best_threshold, normalize, threshold_grid
+from lightning_interp.localize.boxes import normalize
 from lightning_interp.localize.components import component_tree
+from lightning_interp.localize.thresholds import best_threshold, threshold_grid
 from tests.helpers.box_sweep import coarse_maps, components_at, iou, largest_at, smooth_maps
 
 
@@ -78,7 +79,7 @@ def test_the_best_value_of_a_level_is_that_of_the_components_there() -> None:
     tree = component_tree(levels, 37)
     values = np.random.default_rng(0).random(len(tree.boxes))
     slow = [values[(tree.lowest <= level) & (level <= tree.highest)].max() for level in range(1, 38)]
-    assert tree.best(values, 0.0).tolist() == slow
+    assert tree.max_per_level(values, 0.0).tolist() == slow
 
 
 # Masks and boxes
@@ -157,7 +158,7 @@ def test_boxes_keep_no_graph_and_take_any_floating_type() -> None:
     [
         ({"maps": torch.zeros(2, 3, 8, 8)}, r"\(N, H, W\).*float32 \(2, 3, 8, 8\)"),
         ({"maps": torch.zeros(2, 8, 8, dtype=torch.uint8)}, "floating"),
-        ({"threshold": 1.0}, "0 <= threshold < 1; got 1.0"),
+        ({"threshold": 1.0}, "0 <= threshold < 1, got 1.0"),
         ({"threshold": 20}, "got 20"),
         ({"threshold": float("nan")}, "got nan"),
         ({"components": "biggest"}, "'largest' or 'all', got 'biggest'"),

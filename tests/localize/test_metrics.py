@@ -30,7 +30,7 @@ from lightning_interp.localize import (
     pixel_average_precision,
     pointing_game,
 )
-from lightning_interp.localize.boxes import threshold_grid
+from lightning_interp.localize.thresholds import threshold_grid
 from tests.helpers.box_sweep import all_contour_boxes, coarse_maps, components_at, contour_boxes, iou, smooth_maps
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -408,10 +408,10 @@ BOX_METRICS = [MaxBoxAccuracy, PointingGame, EnergyPointingGame]
         (torch.tensor([[-2, 0, 4, 4], [1, 2, 3, 5]]), r"box \(-2, 0, 4, 4\) of image 0.*scale them"),
         (torch.tensor([[0.0, 0.0, float("nan"), 4.0], [1, 2, 3, 5]]), "of image 0"),
         (torch.tensor([[0, 0, 4, 4], [5, 2, 5, 5]]), r"box \(5, 2, 5, 5\) of image 1 is empty.*x1 < x2"),
-        (torch.tensor([[0, 0, 4, 4]]), r"\(N, 4\).*N = 2"),
-        ([torch.tensor([[0, 0, 4, 4]])], "boxes of 2 images are expected.*got 1"),
+        (torch.tensor([[0, 0, 4, 4]]), r"a tensor \(2, 4\).*got int64 \(1, 4\)"),
+        ([torch.tensor([[0, 0, 4, 4]])], r"a list of 2 tensors \(M, 4\); got list \(int64 \(1, 4\)\)"),
         ([torch.tensor([[0, 0, 4, 4]]), torch.zeros(0, 4)], "image 1 has no box"),
-        ([torch.tensor([[0, 0, 4, 4]]), torch.zeros(4)], r"boxes of image 1.*\(M, 4\)"),
+        ([torch.tensor([[0, 0, 4, 4]]), torch.zeros(5)], r"\(M, 4\); got float32 \(5,\) for image 1"),
         ([[0, 0, 4, 4], [0, 0, 4, 4]], "got list"),
     ],
 )
@@ -451,7 +451,7 @@ def test_wrong_pixels_to_ignore_are_named() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: MaxBoxAccuracy(3), "version must be 1 or 2, got 3"),
+        (lambda: MaxBoxAccuracy(3), "version takes 1 or 2, got 3"),
         (lambda: MaxBoxAccuracy(n_thresholds=0), "n_thresholds.*got 0"),
         (lambda: MaxBoxAccuracy(normalization="max"), "'relu_max' or 'min_max'"),
         (lambda: PixelAveragePrecision(n_thresholds=1.5), "n_thresholds.*got 1.5"),
