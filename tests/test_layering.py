@@ -35,8 +35,11 @@ ALLOWED: dict[str, set[str]] = {
         *("callbacks._lightning", "callbacks.contract", "model", "data", "explain", "localize", "weights", "render"),
         "sinks.records",
     },
+    "callbacks.gap_recipes": {"localize", "model"},
     "callbacks.parameter_groups": set(),
-    "callbacks.finetuning": {"callbacks._lightning", "callbacks.parameter_groups", "localize", "model"},
+    "callbacks.finetuning": {
+        *("callbacks._lightning", "callbacks.gap_recipes", "callbacks.parameter_groups", "localize", "model"),
+    },
 }
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
 WHERE_USED_ONLY = {"matplotlib", "tensorboard", "wandb", "mlflow", *LIGHTNING}

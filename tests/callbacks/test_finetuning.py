@@ -540,8 +540,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"attribute": ""}, "attribute takes"),
-        ({"unfreeze_at_epoch": -1}, "unfreeze_at_epoch takes an epoch"),
-        ({"unfreeze_at_epoch": 1.5}, "unfreeze_at_epoch takes an epoch"),
+        ({"unfreeze_at_epoch": -1}, "unfreeze_at_epoch takes an integer of at least 0, got -1"),
+        ({"unfreeze_at_epoch": 1.5}, "unfreeze_at_epoch takes an integer of at least 0, got 1.5"),
         ({"head_lr_multiplier": 0}, "head_lr_multiplier takes a positive number"),
         ({"head_lr_multiplier": float("nan")}, "head_lr_multiplier takes a positive number"),
         ({"sample": (3, 12, 12)}, "four positive integers"),

@@ -369,13 +369,13 @@ def test_transformers_have_no_finer_maps(build: Callable[[], nn.Module]) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_classes": 0}, "num_classes takes a positive integer or None, got 0"),
-        ({"num_classes": 2.0}, "num_classes takes a positive integer or None, got 2.0"),
-        ({"conv_channels": -1}, "conv_channels takes a positive integer or None, got -1"),
+        ({"num_classes": 0}, "num_classes takes a positive integer, got 0"),
+        ({"num_classes": 2.0}, "num_classes takes a positive integer, got 2.0"),
+        ({"conv_channels": -1}, "conv_channels takes a positive integer, got -1"),
         ({"output_stride": 4}, "output_stride takes 8, 16 or None, got 4"),
         ({"dropout": 1.0}, "dropout takes a probability"),
         ({"layer": "layer5"}, "there is no layer 'layer5' in ResNet; did you mean 'layer4'"),
-        ({"layer": "fc"}, r"'fc' gives \(2, 3\), which has no places in the image"),
+        ({"layer": "fc"}, r"'fc' gives \(2, 3\), which has no spatial positions"),
         ({"sample": torch.rand(3, 32, 32)}, "images are a floating tensor"),
     ],
 )
