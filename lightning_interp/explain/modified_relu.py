@@ -121,7 +121,7 @@ def deconvnet(
     if unit is None:
         return reduce_channels(_class_gradients(trace), channels)
     if trace.requested_targets is not None:
-        raise ConfigurationError("deconvnet projects a class score or a unit down; give targets or unit, not both")
+        raise ConfigurationError("deconvnet projects either a class score or a unit; pass targets or unit, not both")
     return reduce_channels(_projected(trace, unit), channels)
 
 

@@ -430,7 +430,7 @@ def test_units_under_inference_mode_and_predict() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"targets": 1, "unit": ("two", 0)}, "give targets or unit, not both"),
+        ({"targets": 1, "unit": ("two", 0)}, "pass targets or unit, not both"),
         ({"unit": ("three", 0)}, "there is no layer 'three' in Stack"),
         ({"unit": ("two", 4)}, r"the layer 'two' gives activations \(2, 4, 2, 2\); there is no channel 4"),
         ({"unit": ("two", -1)}, "there is no channel -1"),

@@ -60,6 +60,11 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         assert not changed, f"changed: {changed}"
 
 
+def hook_count(model: nn.Module) -> int:
+    """Return the number of forward hooks and forward pre-hooks of all submodules."""
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
 def assert_same(got: Tensor, expected: Tensor, share: float = 1e-4) -> None:
     """Fail where values differ by more than a share of the largest one, so that maps of tiny numbers count, too."""
     largest = expected.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
