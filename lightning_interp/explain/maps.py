@@ -29,7 +29,7 @@ def normalize_maps(maps: Tensor, mode: NormalizeMode = "relu", *, percentile: fl
             outlier does not darken the rest of a saliency map. The maximum is used where the percentile is 0.
 
     Returns:
-        (N, H, W) float32 in [0, 1] on the maps' device. A map without any contrast is all zero, never NaN.
+        (N, H, W) float32 in [0, 1] on the maps' device; all zero, never NaN, for a map whose maximum would be zero.
 
     Raises:
         ConfigurationError: If the shape, the mode or the percentile is out of range.

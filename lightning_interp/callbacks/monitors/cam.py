@@ -52,14 +52,7 @@ class CAMMonitor(ProbeMonitor):
     """
 
     kind = "cam"
-    methods: ClassVar = {
-        each.name: each
-        for each in (
-            *(explain.cam, explain.gradcam, explain.gradcam_plus_plus, explain.hirescam, explain.xgradcam),
-            *(explain.layercam, explain.eigencam, explain.scorecam, explain.ablationcam, explain.attention_rollout),
-            explain.rise,
-        )
-    }
+    methods: ClassVar = {name: method for name, method in explain.explainers().items() if method.family != "gradients"}
 
     def __init__(
         self,

@@ -56,13 +56,7 @@ class SaliencyMonitor(ProbeMonitor):
     """
 
     kind = "saliency"
-    methods: ClassVar = {
-        each.name: each
-        for each in (
-            *(explain.saliency, explain.smoothgrad, explain.vargrad, explain.input_x_gradient),
-            *(explain.integrated_gradients, explain.guided_backprop, explain.guided_gradcam, explain.deconvnet),
-        )
-    }
+    methods: ClassVar = explain.explainers("gradients")
 
     def __init__(
         self,
