@@ -2,9 +2,9 @@
 
     pip install -e ".[benchmarks]" && python benchmarks/explainers.py
 
-Measured in turn in one process for each model and number of images; the table holds medians. Methods of many passes,
-and the class activation maps without gradients, are measured with one image only, the latter on ResNet-18 only: the
-peers take minutes elsewhere (``--all`` measures everything).
+Measured in turn in one process for each model and number of images; the table holds medians. Methods with perturbed
+passes are measured with one image only, those of a layer on ResNet-18 only: the other libraries take minutes elsewhere
+(``--all`` measures everything).
 """
 
 from __future__ import annotations
@@ -34,12 +34,11 @@ from torch import Tensor, nn
 
 from lightning_interp import explain
 from lightning_interp.errors import ConfigurationError
+from lightning_interp.explain import Explainer
 
 MODELS = ("resnet18", "resnet50", "vit_b_16")
 LIBRARIES = ("captum", "grad-cam", "torchcam")
-GRADIENT_FREE = {"scorecam", "ablationcam"}
-MANY_PASSES = {"smoothgrad", "vargrad", "integrated_gradients", "occlusion", "rise", *GRADIENT_FREE}
-# As far as another library's default differs: the same number of passes for all.
+# Where another library's default differs: the same number of passes for all.
 OPTIONS: dict[str, dict[str, Any]] = {"rise": {"n_masks": 500}, "occlusion": {"patch": 45, "stride": 22, "fill": 0.0}}
 
 Work = Callable[[], object]
@@ -53,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"|---|---|---|---|---|{'---|' * len(LIBRARIES)}", flush=True)
     for model in args.models:
         for images in args.batches:
-            # A process each: what one library leaves behind must not cost another.
+            # A process for each, as hooks and caches that a library leaves would slow down others.
             command = [sys.executable, __file__, "--one", "--models", model, "--batches", str(images)]
             command += ["--repeats", str(args.repeats), "--patience", str(args.patience)]
-            command += ["--all"] * args.all + (["--methods", *args.methods] if args.methods else [])
+            command += ["--all"] * args.all + ["--methods", *args.methods]
             subprocess.run(command, check=True)
 
 
@@ -64,7 +63,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="torchvision models")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="numbers of images")
-    parser.add_argument("--methods", nargs="+", help="names in lightning_interp.explain; all of them")
+    names = list(explain.explainers())
+    parser.add_argument(
+        "--methods", nargs="+", default=names, choices=names, metavar="METHOD", help="names in lightning_interp.explain"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the medians are shown")
     parser.add_argument("--patience", type=float, default=2.0, help="what takes more seconds is measured once")
     parser.add_argument("--all", action="store_true", help="measure slow methods everywhere")
@@ -82,7 +84,7 @@ def machine() -> str:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """One model and number of images: print its rows."""
+    """Print the rows of one model and number of images."""
     warnings.filterwarnings("ignore")
     (name,), (count,) = args.models, args.batches
     torch.manual_seed(0)
@@ -98,35 +100,41 @@ def measure(args: argparse.Namespace) -> None:
             model(images)
 
     peers = Peers(model, images, targets)
-    for method in args.methods or [each for each in explain.__all__ if each != "Explainer"]:
-        if not args.all and ((method in MANY_PASSES and count > 1) or (method in GRADIENT_FREE and name != "resnet18")):
+    explainers = explain.explainers()
+    for method in args.methods:
+        explainer = explainers[method]
+        if not args.all and is_slow(explainer, name, count):
             continue
-        explainer = getattr(explain, method)
         options = OPTIONS.get(method, {})
         works: dict[str, Work] = {"forward": forward, "ours": partial(explainer, model, images, targets, **options)}
         works |= {f"{library} {note}".strip(): work for library, note, work in peers.of(method)}
         try:
             row = compare(works, args)
         except ConfigurationError:
-            continue  # it says nothing of such a model
+            continue  # the method is not defined for this model
         print(f"| {name} | {count} | {method} | {row}", flush=True)
 
 
+def is_slow(explainer: Explainer, model: str, count: int) -> bool:
+    """Whether the other libraries' versions of a method take minutes."""
+    return explainer.perturbed and (count > 1 or (explainer.layer is not None and model != "resnet18"))
+
+
 def compare(works: dict[str, Work], args: argparse.Namespace) -> str:
-    """Time works in turn; those that fail, or tire, drop out."""
+    """Time works in turn; those that fail are left out, and those that are slow are timed once."""
     times: dict[str, list[float]] = {}
     peaks: dict[str, float] = {}
     for name, work in works.items():
         try:
             times[name], peaks[name] = observed(work)
             if times[name][0] < args.patience:
-                times[name], peaks[name] = observed(work)  # the first warmed up
+                times[name], peaks[name] = observed(work)  # the first call was the warm-up
         except Exception as error:
             if name in ("forward", "ours"):
                 raise
             print(f"{name}: {type(error).__name__}: {error}"[:200], file=sys.stderr)
     quick = [name for name in peaks if times[name][0] < args.patience]
-    # Short times vary most, and cost least to take again.
+    # Short times vary most, and are cheap to repeat.
     longest = max(times[name][0] for name in quick) if quick else args.patience
     for _ in range(max(args.repeats, min(20, int(args.patience / longest))) - 1):
         for name in quick:
@@ -135,18 +143,18 @@ def compare(works: dict[str, Work], args: argparse.Namespace) -> str:
     ours, memory = median["ours"], peaks["ours"]
     cells = []
     for library in LIBRARIES:
-        found = [name for name in peaks if name.startswith(library)]
-        shown = [
+        entries = [
             f"{name.removeprefix(library)} {median[name]:.0f} ({median[name] / ours:.2f}), "
             f"{peaks[name]:.0f} ({peaks[name] / max(memory, 1):.1f})"
-            for name in found
+            for name in peaks
+            if name.startswith(library)
         ]
-        cells.append("; ".join(each.strip() for each in shown) or "-")
+        cells.append("; ".join(entry.strip() for entry in entries) or "-")
     return f"{ours:.0f}, {memory:.0f} | {ours / median['forward']:.2f} | {' | '.join(cells)} |"
 
 
 class Peers:
-    """The same methods of other libraries; each has a copy of the model, as some leave hooks and gradients."""
+    """The same methods of other libraries, each with a copy of the model, as some leave hooks and gradients."""
 
     def __init__(self, model: nn.Module, images: Tensor, targets: Tensor) -> None:
         self.models = {library: copy.deepcopy(model) for library in LIBRARIES}
@@ -154,8 +162,8 @@ class Peers:
         self.convolutional = hasattr(model, "layer4")
 
     def of(self, method: str) -> list[tuple[str, str, Work]]:
-        """(library, setting, work) for each that has the method."""
-        found = [("captum", note, work) for note, work in self._captum(method)]
+        """Return (library, setting, work) for each library that has the method."""
+        works = [("captum", note, work) for note, work in self._captum(method)]
         gradcams = {
             "gradcam": "GradCAM",
             "gradcam_plus_plus": "GradCAMPlusPlus",
@@ -167,7 +175,7 @@ class Peers:
             "ablationcam": "AblationCAM",
         }
         if method in gradcams:
-            found.append(("grad-cam", "", partial(self._gradcam, gradcams[method])))
+            works.append(("grad-cam", "", partial(self._gradcam, gradcams[method])))
         torchcams = {
             "cam": "CAM",
             "gradcam": "GradCAM",
@@ -177,8 +185,8 @@ class Peers:
             "scorecam": "ScoreCAM",
         }
         if method in torchcams and self.convolutional:
-            found.append(("torchcam", "", partial(self._torchcam, torchcams[method])))
-        return found
+            works.append(("torchcam", "", partial(self._torchcam, torchcams[method])))
+        return works
 
     def _captum(self, method: str) -> list[tuple[str, Work]]:
         from captum import attr
@@ -192,7 +200,7 @@ class Peers:
         window = {"sliding_window_shapes": (3, 45, 45), "strides": (3, 22, 22), "baselines": 0}
         noise = {"nt_samples": 50, "stdevs": 0.15 * float(self.images.max() - self.images.min())}
         tunnel = partial(attr.NoiseTunnel, attr.Saliency(model))
-        some = {**noise, "nt_samples_batch_size": 8}
+        batched = {**noise, "nt_samples_batch_size": 8}
         layer = model.layer4 if self.convolutional else None
         works: dict[str, list[tuple[str, Work]]] = {
             "saliency": [("", attribute(lambda: attr.Saliency(model)))],
@@ -203,11 +211,11 @@ class Peers:
             ],
             "smoothgrad": [
                 ("", attribute(tunnel, nt_type="smoothgrad", **noise)),
-                ("8 at once", attribute(tunnel, nt_type="smoothgrad", **some)),
+                ("8 at once", attribute(tunnel, nt_type="smoothgrad", **batched)),
             ],
             "vargrad": [
                 ("", attribute(tunnel, nt_type="vargrad", **noise)),
-                ("8 at once", attribute(tunnel, nt_type="vargrad", **some)),
+                ("8 at once", attribute(tunnel, nt_type="vargrad", **batched)),
             ],
             "guided_backprop": [("", attribute(lambda: attr.GuidedBackprop(model)))],
             "deconvnet": [("", attribute(lambda: attr.Deconvolution(model)))],
@@ -230,9 +238,9 @@ class Peers:
         if not self.convolutional:
             options = {"target_layers": [model.encoder.layers[-1].ln_1], "reshape_transform": as_grid}
         build = getattr(pytorch_grad_cam, method)
-        aims = [ClassifierOutputTarget(target) for target in self.targets.tolist()]
+        targets = [ClassifierOutputTarget(target) for target in self.targets.tolist()]
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), build(model, **options) as peer:  # noqa: PTH123
-            peer(self.images, aims)
+            peer(self.images, targets)
 
     def _torchcam(self, method: str) -> None:
         from torchcam import methods
@@ -262,14 +270,14 @@ def synchronize() -> None:
 
 
 def observed(work: Work) -> tuple[list[float], float]:
-    """Seconds and MiB of one call."""
+    """Return the seconds and the MiB of one call."""
     taken: list[float] = []
     added = peak_memory_added(lambda: taken.append(timed(work)))
     return taken, added
 
 
 def peak_memory_added(work: Work) -> float:
-    """MiB above what was there; on a CPU the resident set's, from where it stood."""
+    """Return the peak of additional memory in MiB; on a CPU that of the resident set."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -277,7 +285,7 @@ def peak_memory_added(work: Work) -> float:
         work()
         return float(torch.cuda.max_memory_allocated() - before) / 2**20
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # else what the last one freed is at hand, and is not seen to be taken
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise memory that was freed before is not counted
     before_on_cpu = status("VmRSS")
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
@@ -288,7 +296,8 @@ def peak_memory_added(work: Work) -> float:
 def status(field: str) -> float:
     if not Path("/proc/self/status").exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    line = next(each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith(field))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(field))
     return int(line.split()[1]) / 2**10
 
 

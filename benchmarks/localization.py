@@ -1,8 +1,8 @@
-"""What MaxBoxAccuracy costs an image, beside a sweep over the thresholds with OpenCV's contours (Choe et al. 2020).
+"""Time of MaxBoxAccuracy for an image, and of a sweep over thresholds with OpenCV's contours (Choe et al. 2020).
 
     pip install -e ".[test]" && python benchmarks/localization.py
 
-Both score the same maps with 1000 thresholds on one thread, in turn; the table holds medians as times and ratios.
+Both score the same maps with 1000 thresholds on one thread, alternating; the table holds medians as times and ratios.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torchvision.ops import box_iou
 
 from lightning_interp.localize import max_box_accuracy
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "localize"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.helpers.box_sweep import all_contour_boxes, coarse_maps, contour_boxes, smooth_maps
 
@@ -45,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=224, help="the maps' height and width in pixels")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds, each with another map; the medians are shown")
+    parser.add_argument("--size", type=int, default=224, help="height and width of the maps in pixels")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="number of rounds, with different maps; the table holds medians"
+    )
     return parser.parse_args(argv)
 
 
@@ -59,10 +61,10 @@ def machine() -> str:
 
 def kinds(size: int) -> dict[str, Tensor]:
     return {
-        "like Grad-CAM: 13 x 13, rectified, brought up bilinearly": coarse_maps(5, size),
+        "like Grad-CAM: 13 x 13, rectified, resized bilinearly": coarse_maps(5, size),
         "smooth: a Gaussian field, sigma 20": smooth_maps(5, size, 20.0),
         "rough: a Gaussian field, sigma 2": smooth_maps(5, size, 2.0),
-        "noise: each pixel by itself": smooth_maps(5, size, 0.0),
+        "noise: independent pixels": smooth_maps(5, size, 0.0),
     }
 
 
@@ -74,32 +76,32 @@ def row(kind: str, maps: Tensor, repeats: int) -> str:
         return box_iou(torch.from_numpy(contour_boxes(score.numpy())).float(), box)[:, 0] >= 0.5
 
     def sweep_all(score: Tensor) -> list[bool]:
-        at = all_contour_boxes(score.numpy())
-        # One overlap for all thresholds' boxes at once: kinder than one a threshold.
-        best = box_iou(torch.from_numpy(np.concatenate(at)).float(), box)[:, 0]
-        return [bool((own >= 0.5).any()) for own in best.split([len(each) for each in at])]
+        sweep = all_contour_boxes(score.numpy())
+        # One call for the boxes of all thresholds is faster than one for each threshold.
+        overlaps = box_iou(torch.from_numpy(np.concatenate(sweep)).float(), box)[:, 0]
+        return [bool((overlap >= 0.5).any()) for overlap in overlaps.split([len(boxes) for boxes in sweep])]
 
-    works: dict[str, Callable[[Tensor], object]] = {
-        "theirs 1": sweep_largest,
+    functions: dict[str, Callable[[Tensor], object]] = {
+        "sweep 1": sweep_largest,
         "ours 1": lambda score: max_box_accuracy(score[None], box),
-        "theirs 2": sweep_all,
+        "sweep 2": sweep_all,
         "ours 2": lambda score: max_box_accuracy(score[None], box, version=2),
     }
-    times: dict[str, list[float]] = {name: [] for name in works}
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(repeats + 1):
-        for name, work in works.items():
+        for name, function in functions.items():
             start = time.perf_counter()
-            work(maps[round_ % len(maps)])
+            function(maps[round_ % len(maps)])
             if round_:  # the first round warms up
                 times[name].append(time.perf_counter() - start)
-    median = {name: 1000 * statistics.median(taken) for name, taken in times.items()}
+    median = {name: 1000 * statistics.median(durations) for name, durations in times.items()}
     cells = [
         cell
         for version in ("1", "2")
         for cell in (
-            f"{median[f'theirs {version}']:.0f} ms",
+            f"{median[f'sweep {version}']:.0f} ms",
             f"{median[f'ours {version}']:.1f} ms",
-            f"{median[f'theirs {version}'] / median[f'ours {version}']:.1f}",
+            f"{median[f'sweep {version}'] / median[f'ours {version}']:.1f}",
         )
     ]
     return " | ".join([f"| {kind}", *cells]) + " |"

@@ -1,4 +1,4 @@
-"""Writes the table of what `GAPClassifier.from_classifier` makes of the classifiers of torchvision and timm.
+"""Writes the table of torchvision's and timm's classifiers as adapted by `GAPClassifier.from_classifier`.
 
 pip install -e ".[test]" && python docs/localizers.py > docs/localizers.md
 """
@@ -43,15 +43,15 @@ def classifier(library: str, name: str) -> nn.Module:
         model = getattr(models, name)(num_classes=10, **unset)
     heads = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 10]
     for head in heads:
-        nn.init.normal_(head.weight)  # some start at zero
+        nn.init.normal_(head.weight)  # some are initialised with zeros
     for module in model.modules():
         if type(module).__name__ == "CNBlock":
-            nn.init.ones_(module.layer_scale)  # nearly nothing, untrained
+            nn.init.ones_(module.layer_scale)  # initialised with 1e-6
     return calibrated(model)
 
 
 def calibrated(model: nn.Module) -> nn.Module:
-    """With batch-norm statistics of what really passes: untrained, some nets fade to nothing."""
+    """Estimate the batch norms' statistics: with the initial ones, activations of some untrained networks vanish."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.momentum = 1.0
@@ -65,33 +65,33 @@ def calibrated(model: nn.Module) -> nn.Module:
 
 
 def pictures(n: int, size: int = SIZE) -> Tensor:
-    """Smooth noise, more like photographs than white noise is."""
+    """Smooth noise, whose spectrum is closer to that of photographs than white noise."""
     coarse = torch.randn(n, 3, 12, 12, generator=torch.Generator().manual_seed(n))
     return nn.functional.interpolate(coarse, (size, size), mode="bicubic")
 
 
-def described(library: str, name: str) -> tuple[str, ...]:
+def table_row(library: str, name: str) -> tuple[str, ...]:
     """One row: model, cut, maps, exactness, logits, finer maps."""
     model, images = classifier(library, name), pictures(2)
     sample = images[:1]
-    with warnings.catch_warnings(record=True) as warned, torch.no_grad():
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
         adapted = GAPClassifier.from_classifier(model, sample=sample)
         expected = model(images)
         logits, maps = adapted.forward_with_maps(images)
-    place = adapted.summary.split("'")[1]
-    kept = not any("replaces" in str(each.message) for each in warned)
+    layer = adapted.summary.split("'")[1]
+    is_kept = not any("replaces" in str(warning.message) for warning in caught)
     size = f"{maps.shape[2]} x {maps.shape[3]}"
-    if kept:
+    if is_kept:
         error = float((logits - expected).abs().max() / expected.abs().max())
         relation = "equal" if error < 1e-4 else f"DIFFERENT ({error:.0e})"
     else:
         relation = "new head, to be trained"
-    return name, f"`{place}`", size, "yes" if kept else "after training", relation, ", ".join(finer(model, sample))
+    return name, f"`{layer}`", size, "yes" if is_kept else "after training", relation, ", ".join(finer(model, sample))
 
 
 def finer(model: nn.Module, sample: Tensor) -> Iterator[str]:
-    """Map sizes by `output_stride`."""
+    """Map sizes with `output_stride=16` and `8`."""
     for stride in (16, 8):
         try:
             with warnings.catch_warnings(), torch.no_grad():
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"""# Classifiers as localizers
 
 What `GAPClassifier.from_classifier(model)` does, at {SIZE} x {SIZE} pixels. "Exact" says whether the maps are those of
-the model's own logits: where its head is average pooling and one linear layer (or a fully convolutional one, or has a
+the model's logits: where its head is average pooling and one linear layer (or a fully convolutional one, or has a
 norm between), the logits stay equal to 1e-4. Elsewhere `num_classes` gives a new head, whose maps are exact as well,
 once it is trained. The last column: the size of the maps with `output_stride=16` and `8`, where the model allows it.
 
@@ -116,7 +116,7 @@ timm {timm.__version__}.
     for library, names in {"torchvision": TORCHVISION, "timm": TIMM}.items():
         print(f"## {library}\n\n| model | cut at | maps | exact | logits | finer |\n|---|---|---|---|---|---|")
         for name in names:
-            print("| " + " | ".join(described(library, name)) + " |", flush=True)
+            print("| " + " | ".join(table_row(library, name)) + " |", flush=True)
         print()
 
 

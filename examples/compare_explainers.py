@@ -1,4 +1,4 @@
-"""Ask a network in every way at once where it looks, on four photographs, and lay the answers side by side.
+"""Explain four photographs with every explainer of the library, in one picture.
 
     python examples/compare_explainers.py --data DIR --weights FILE
 
@@ -23,21 +23,15 @@ from torchvision.transforms.functional import resize
 
 from lightning_interp import explain
 from lightning_interp.data.probe import Probe
-from lightning_interp.render import Caption, colorize, normalize_maps, overlay, tile_grid
+from lightning_interp.render import Caption, colorize, overlay, tile_grid
 
 SIZE = 224
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PHOTOGRAPHS = (0, 20, 35, 50)  # of the test split
-# Laid over the photograph, as they say where; the others, which say which pixels, are shown alone, but for deconvnet.
-COARSE = (
-    *("cam", "gradcam", "gradcam_plus_plus", "hirescam", "xgradcam", "layercam", "eigencam", "ablationcam", "scorecam"),
-    *("occlusion", "rise"),
-)
-FINE = (
-    *("saliency", "smoothgrad", "vargrad", "input_x_gradient", "integrated_gradients"),
-    *("guided_backprop", "deconvnet", "guided_gradcam"),
-)
-# Two methods of each photograph stand in a row of tiles this wide.
+# Gradients are shown beside the photograph, all other maps as heat over it. SqueezeNet has no attention.
+FINE = list(explain.explainers("gradients"))
+COARSE = [name for name, method in explain.explainers().items() if method.family not in ("gradients", "attention")]
+# The width of a tile; a row holds two methods.
 TILE = 144
 UNIT_LAYER = 10
 SMALL = {
@@ -51,7 +45,7 @@ SMALL = {
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Explain, write the picture, and return where it is."""
+    """Explain, write the picture, and return its path."""
     args = parse_args(argv)
     model = pretrained(args.weights).eval()
     names = SqueezeNet1_0_Weights.IMAGENET1K_V1.meta["categories"]
@@ -61,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     pets = OxfordIIITPet(args.data, "test", transform=plain, download=args.download)
     images = torch.stack([pets[index][0] for index in (PHOTOGRAPHS[:1] if args.small else PHOTOGRAPHS)])
     with torch.no_grad():
-        sure, predicted = model(images).softmax(1).max(1)
+        probabilities, predicted = model(images).softmax(1).max(1)
     pictures = Probe(images, mean=IMAGENET_MEAN, std=IMAGENET_STD).to_display()
 
     columns = [pictures]
@@ -76,8 +70,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
         titles.append("deconvnet of a unit" if method == "deconvnet" else method)
         print(f"{method:22} {(time.perf_counter() - start) / len(images):6.2f} s an image")
     tiles = resize(torch.cat(columns).permute(0, 3, 1, 2), [TILE, TILE]).permute(0, 2, 3, 1)
-    said = [f"{names[each]} {100 * float(share):.0f} %" for each, share in zip(predicted, sure, strict=True)]
-    captions = [Caption((title, *([name] if title == titles[0] else ()))) for title in titles for name in said]
+    predictions = [
+        f"{names[index]} {100 * float(probability):.0f} %"
+        for index, probability in zip(predicted, probabilities, strict=True)
+    ]
+    captions = [Caption((title, *([text] if title == titles[0] else ()))) for title in titles for text in predictions]
     grid = tile_grid(tiles, captions, columns=2 * len(images))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_png(grid.permute(2, 0, 1), str(args.out))
@@ -86,35 +83,35 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 def strongest_units(model: SqueezeNet, images: Tensor) -> Tensor:
-    """What excites the unit of a layer that answers most to each photograph, as the paper shows it.
+    """Project the unit of a layer with the largest activation for each photograph, as in the paper.
 
-    Asked for a class, a deconvnet says nothing here: rectified on its way back, the signal dies in this sparse network.
+    For a class, a deconvnet's map is empty here: in this sparse network the rectified signal vanishes on some layer.
     """
     maps = []
     for image in images.split(1):
         with torch.no_grad():
-            answers = model.features[: UNIT_LAYER + 1](image)[0]
-        unit = int(answers.amax((1, 2)).argmax())
+            activations = model.features[: UNIT_LAYER + 1](image)[0]
+        unit = int(activations.amax((1, 2)).argmax())
         maps.append(explain.deconvnet(model, image, unit=(f"features.{UNIT_LAYER}", unit), channels="max_abs"))
     return torch.cat(maps)
 
 
 def drawn(method: str, maps: Tensor, pictures: Tensor) -> Tensor:
-    """(N, H, W) maps as (N, H, W, 3) uint8 tiles."""
+    """Draw (N, H, W) maps as (N, H, W, 3) uint8 tiles."""
     if method in COARSE:
         scale = "relu" if getattr(explain, method).has_zero else "min_max"
-        return overlay(pictures, normalize_maps(maps, scale), "jet", 0.5)
-    # A few hot pixels would leave the rest black; but of a single unit that is all there is.
-    heat = normalize_maps(maps, "max_abs", percentile=99.9 if method == "deconvnet" else 99.0)
+        return overlay(pictures, explain.normalize_maps(maps, scale), "jet", 0.5)
+    # A percentile, as outliers would darken all other pixels; a higher one for a unit, whose map is mostly zero.
+    heat = explain.normalize_maps(maps, "max_abs", percentile=99.9 if method == "deconvnet" else 99.0)
     colors = colorize(heat, "inferno")
     if method != "deconvnet":
         return colors
-    dimmed = 0.35 * pictures  # of the rest of the photograph it says nothing
+    dimmed = 0.35 * pictures  # the map is zero for the rest of the photograph
     return (dimmed + heat[..., None] * (colors - dimmed)).to(torch.uint8)
 
 
 def pretrained(weights: Path | None) -> SqueezeNet:
-    """SqueezeNet 1.0 with the ImageNet weights of a file, or with torchvision's own, which it downloads once."""
+    """Return SqueezeNet 1.0 with the ImageNet weights of a file, or with those that torchvision downloads."""
     if weights is None:
         try:
             return squeezenet1_0(weights=SqueezeNet1_0_Weights.IMAGENET1K_V1)
@@ -129,8 +126,8 @@ def pretrained(weights: Path | None) -> SqueezeNet:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line and complain about what is missing before anything slow starts."""
-    parser = argparse.ArgumentParser(description="Lay the answers of all explainers side by side.")
+    """Read the command line, and check that data and weights exist."""
+    parser = argparse.ArgumentParser(description="Show the maps of all explainers side by side.")
     parser.add_argument(
         "--data", type=Path, required=True, metavar="DIR", help="the folder that holds (or gets) oxford-iiit-pet/"
     )
@@ -143,7 +140,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("explainers.png"), metavar="FILE", help="the picture (default: explainers.png)"
     )
-    parser.add_argument("--small", action="store_true", help="one photograph, few samples: a check that all is well")
+    parser.add_argument("--small", action="store_true", help="one photograph, few samples: a quick check")
     args = parser.parse_args(argv)
     if not args.download and not (args.data / "oxford-iiit-pet" / "annotations").is_dir():
         parser.error(f"no folder oxford-iiit-pet/ with images/ and annotations/ in {args.data}; --download fetches it")

@@ -1,4 +1,4 @@
-"""The one error of our own, and the words for what came."""
+"""The package's exception, and descriptions of values for its messages."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from torch import Tensor
 
 __all__ = ["ConfigurationError", "describe"]
 
+_MOST_ITEMS = 6
+
 
 class ConfigurationError(ValueError):
-    """An argument, model or data set with which explaining cannot work, whatever the training does.
+    """An invalid argument, model or data set, with which no explanation can be computed.
 
-    It says what was expected, what came and what to do. Unlike the failure of an explanation, which never
-    ends a training run, it is always raised, before the first batch is trained.
+    The message states what was expected, what was given and what to do. Unlike the failure of an explanation,
+    which never ends a training run, it is always raised, before the first batch is trained.
 
     Example:
         >>> import torch
@@ -28,11 +30,11 @@ class ConfigurationError(ValueError):
 
 
 def describe(value: Any, depth: int = 3) -> str:
-    """Say what something is in a few words, for an error: types, shapes, keys.
+    """Describe a value in one line for an error message: types, shapes, keys.
 
     Args:
-        value: Anything.
-        depth: How many levels of containers to open.
+        value: Any value.
+        depth: Number of nested containers whose items are described.
 
     Returns:
         One line.
@@ -48,17 +50,16 @@ def describe(value: Any, depth: int = 3) -> str:
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, np.ndarray):
         return f"ndarray {value.dtype} {value.shape}"
-    opened: list[str]
+    items: list[str]
     if isinstance(value, Mapping):
-        opened = [f"{key}: {describe(item, depth - 1)}" for key, item in value.items()] if depth else []
-        marks = "{}"
+        items = [f"{key}: {describe(item, depth - 1)}" for key, item in value.items()] if depth else []
+        brackets = "{}"
     elif isinstance(value, (list, tuple)):
-        opened = [describe(item, depth - 1) for item in value] if depth else []
-        marks = "()"
+        items = [describe(item, depth - 1) for item in value] if depth else []
+        brackets = "()"
     else:
-        own = vars(value) if hasattr(value, "__dict__") and not isinstance(value, type) else {}
-        tensors = {name: item for name, item in own.items() if isinstance(item, Tensor)}
-        opened = [f"{name}: {describe(item)}" for name, item in tensors.items()]
-        return f"{kind} with {', '.join(opened)}" if opened else kind
-    shown = opened if len(opened) <= 6 else [*opened[:6], f"... {len(opened)} in all"]
-    return f"{kind} {marks[0]}{', '.join(shown)}{marks[1]}"
+        attributes = vars(value) if hasattr(value, "__dict__") and not isinstance(value, type) else {}
+        items = [f"{name}: {describe(item)}" for name, item in attributes.items() if isinstance(item, Tensor)]
+        return f"{kind} with {', '.join(items)}" if items else kind
+    shown = items if len(items) <= _MOST_ITEMS else [*items[:_MOST_ITEMS], f"... {len(items)} in all"]
+    return f"{kind} {brackets[0]}{', '.join(shown)}{brackets[1]}"

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"model.preserve"},
     "explain": {"model"},
     "weights": {"model"},
-    "localize": {"model", "explain", "data.annotations"},
+    "localize": {"model", "explain", "data.annotations", "data.boxes"},
     "render": set(),
     "sinks": set(),
     "callbacks": {"callbacks"},
@@ -38,8 +38,11 @@ ALLOWED: dict[str, set[str]] = {
         *("callbacks._lightning", "callbacks.contract", "callbacks.inputs", "model", "data", "explain", "localize"),
         *("render", "sinks.records", "weights"),
     },
+    "callbacks.gap_recipes": {"localize", "model"},
     "callbacks.parameter_groups": set(),
-    "callbacks.finetuning": {"callbacks._lightning", "callbacks.parameter_groups", "localize", "model"},
+    "callbacks.finetuning": {
+        *("callbacks._lightning", "callbacks.gap_recipes", "callbacks.parameter_groups", "localize", "model"),
+    },
 }
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
 WHERE_USED_ONLY = {"matplotlib", "tensorboard", "wandb", "mlflow", *LIGHTNING}

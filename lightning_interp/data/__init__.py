@@ -1,1 +1,1 @@
-"""What a model is explained on: fixed images, batches, annotations."""
+"""Images to explain a model on: the probe, batches, data sets, annotations."""

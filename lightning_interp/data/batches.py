@@ -1,27 +1,18 @@
-"""What batches hold, and what data sets say about themselves without loading an image."""
+"""Images and class targets of batches: reading and checking."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from lightning_interp.errors import ConfigurationError, describe
 
-__all__ = [
-    "apply_unpack",
-    "as_images",
-    "describe",
-    "read_class_names",
-    "read_labels",
-    "read_normalization",
-    "unpack_batch",
-    "wrapped",
-]
+__all__ = ["apply_unpack", "as_images", "as_integers", "check_targets", "cpu_copy", "unpack_batch"]
 
 IMAGE_NAMES = ("image", "images", "img", "imgs", "pixel_values", "x", "input", "inputs", "data")
 TARGET_NAMES = ("label", "labels", "target", "targets", "y", "class", "classes", "category", "cls")
@@ -32,16 +23,16 @@ def unpack_batch(batch: Any, unpack: Callable[[Any], Any] | None = None) -> tupl
 
     Args:
         batch: A tensor, ``(x, y)``, ``[x, y]``, a mapping such as ``{"image": ..., "label": ...}`` or an
-            object with such attributes (the case of names does not matter). Of more than two positions the
+            object with such attributes (case-insensitive). Of more than two elements the
             second holds the targets; of several views the first is taken. A list of (C, H, W) tensors of
             one size is stacked.
-        unpack: Takes the batch and gives the images, ``(images, targets)`` or any other batch named above,
-            where the batch is none of them itself.
+        unpack: From the batch to the images, ``(images, targets)`` or any other structure named above,
+            for batches of another structure.
 
     Returns:
         The images, (N, C, H, W) floating; integers become float32 with their values unchanged, so that a
         model that scales them itself does so as before. The targets, int64 (N,), or None where the batch
-        names no single class for each image (no labels, several labels, numbers to be regressed). One-hot
+        holds no single class for each image (no labels, several labels, regression targets). One-hot
         and soft labels give their largest class; of nested targets, the first with one integer for each
         image.
 
@@ -55,28 +46,28 @@ def unpack_batch(batch: Any, unpack: Callable[[Any], Any] | None = None) -> tupl
         >>> images.shape, targets
         (torch.Size([2, 3, 8, 8]), tensor([4, 1]))
     """
-    found = apply_unpack(batch, unpack)
+    unpacked = apply_unpack(batch, unpack)
     source = "the batch" if unpack is None else "what unpack= gave"
-    images, targets = _split(found)
+    images, targets = _split(unpacked)
     if images is None:
         raise ConfigurationError(
             f"found no images in {source}: expected a tensor (N, C, H, W), (images, targets) or one of the "
-            f"keys or attributes {', '.join(IMAGE_NAMES)}; got {describe(found)}. Pass unpack=, a function "
+            f"keys or attributes {', '.join(IMAGE_NAMES)}; got {describe(unpacked)}. Pass unpack=, a function "
             "from the batch to images or (images, targets)"
         )
-    checked = as_images(images, f"the images in {source}, {describe(found)},")
+    checked = as_images(images, f"the images in {source}, {describe(unpacked)},")
     return checked, _read_targets(targets, len(checked))
 
 
 def apply_unpack(batch: Any, unpack: Callable[[Any], Any] | None) -> Any:
-    """Run a user's ``unpack`` on a batch.
+    """Apply a user's ``unpack`` to a batch.
 
     Args:
         batch: The batch.
-        unpack: What takes it apart; None leaves it as it is.
+        unpack: The function; None returns the batch itself.
 
     Returns:
-        What it gave.
+        The function's result.
 
     Raises:
         ConfigurationError: If it fails.
@@ -96,18 +87,18 @@ def apply_unpack(batch: Any, unpack: Callable[[Any], Any] | None) -> Any:
         ) from error
 
 
-def as_images(value: Any, what: str = "images") -> Tensor:
-    """Check that something is a batch of images.
+def as_images(value: Any, name: str = "images") -> Tensor:
+    """Check images, and convert integers to floating point.
 
     Args:
         value: (N, C, H, W) of numbers, or a list of N tensors (C, H, W) of one size.
-        what: How an error calls it.
+        name: Their name in messages.
 
     Returns:
         (N, C, H, W) floating, a plain tensor on the same device; integers become float32, values unchanged.
 
     Raises:
-        ConfigurationError: If it is anything else.
+        ConfigurationError: If they are anything else.
 
     Example:
         >>> import torch
@@ -115,175 +106,96 @@ def as_images(value: Any, what: str = "images") -> Tensor:
         >>> as_images(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)).max()
         tensor(255.)
     """
-    if isinstance(value, (list, tuple)) and value and all(isinstance(item, Tensor) for item in value):
-        sizes = sorted({tuple(item.shape) for item in value})
+    if isinstance(value, (list, tuple)) and value and all(isinstance(image, Tensor) for image in value):
+        sizes = sorted({tuple(image.shape) for image in value})
         if len(sizes) > 1:
             raise ConfigurationError(
-                f"{what} must have one size to be looked at together, got {', '.join(map(str, sizes))}. "
+                f"{name} must have one size to be stacked, got {', '.join(map(str, sizes))}. "
                 "Resize them in the data set's transform, or pass a Probe built from images of one size"
             )
         value = torch.stack(list(value))
     if not isinstance(value, Tensor):
-        raise ConfigurationError(f"{what} must be a tensor (N, C, H, W), got {describe(value)}")
+        raise ConfigurationError(f"{name} must be a tensor (N, C, H, W), got {describe(value)}")
     if value.ndim == 3:
         raise ConfigurationError(
-            f"{what} must be (N, C, H, W), got {tuple(value.shape)}. Pass images[None] for a single image "
+            f"{name} must be (N, C, H, W), got {tuple(value.shape)}. Pass images[None] for a single image "
             "(C, H, W), images[:, None] for grey images (N, H, W)"
         )
     if value.ndim != 4 or value.is_complex():
-        raise ConfigurationError(f"{what} must be real numbers (N, C, H, W), got {describe(value)}")
+        raise ConfigurationError(f"{name} must be real numbers (N, C, H, W), got {describe(value)}")
     if value.numel() == 0:
         raise ConfigurationError(
-            f"{what} must hold at least one image with at least one pixel, got {tuple(value.shape)}"
+            f"{name} must hold at least one image with at least one pixel, got {tuple(value.shape)}"
         )
-    # Subclasses such as torchvision's Image bring dispatch of their own, which explaining has no use for.
+    # Subclasses such as torchvision's Image dispatch operators themselves, which explaining does not need.
     plain = value.as_subclass(Tensor)
     return plain if plain.is_floating_point() else plain.to(torch.float32)
 
 
-def read_labels(dataset: Any) -> list[Any] | None:
-    """Read a data set's class labels where that needs no image to be loaded.
+def check_targets(targets: Any, n: int) -> Tensor:
+    """Check the class targets of N images.
 
     Args:
-        dataset: Read are the attributes ``targets``, ``labels``, ``_labels``, ``y``, the pairs in
-            ``samples``, ``imgs``, ``_samples``, a TensorDataset's labels, and all of these through Subset,
-            ConcatDataset and wrappers that keep the length.
+        targets: Integers from 0: a tensor (N,), or a sequence of N.
+        n: N.
 
     Returns:
-        A label for each item, all int or all str, or None where there are none.
+        int64 (N,) on the CPU, a copy.
+
+    Raises:
+        ConfigurationError: If they are of another number or type, or negative.
 
     Example:
-        >>> import torch
-        >>> from torch.utils.data import Subset, TensorDataset
-        >>> from lightning_interp.data.batches import read_labels
-        >>> read_labels(Subset(TensorDataset(torch.zeros(3, 1, 4, 4), torch.tensor([5, 6, 7])), [2, 0]))
-        [7, 5]
+        >>> check_targets([2, 0], 2)
+        tensor([2, 0])
     """
-    if isinstance(dataset, Subset):
-        labels = read_labels(dataset.dataset)
-        return None if labels is None else [labels[index] for index in dataset.indices]
-    if isinstance(dataset, ConcatDataset):
-        parts = [read_labels(part) for part in dataset.datasets]
-        known = [part for part in parts if part is not None]
-        return _as_labels([label for part in known for label in part]) if len(known) == len(parts) else None
-    for candidate in _label_candidates(dataset):
-        labels = _as_labels(candidate)
-        if labels is not None and len(labels) == len(dataset):
-            return labels
-    return None
+    expected = f"targets must be one class for each of the {n} images, int64 ({n},) or a list of ints"
+    if not isinstance(targets, Tensor):
+        targets = torch.tensor(as_integers(targets, "targets"), dtype=torch.int64, device="cpu")
+    if targets.shape != (n,) or targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
+        raise ConfigurationError(f"{expected}; got {describe(targets)}")
+    if bool((targets < 0).any()):
+        raise ConfigurationError(
+            f"{expected}, counted from 0; got {int(targets.min())}. Leave targets out where they are unknown"
+        )
+    return cpu_copy(targets.to(torch.int64))
 
 
-def read_class_names(dataset: Any) -> tuple[str, ...] | None:
-    """Read the names of a data set's classes from its ``classes``.
+def as_integers(values: Any, name: str) -> list[int]:
+    """Convert a sequence of integers of any type to a list of ``int``.
 
     Args:
-        dataset: A data set; Subset, ConcatDataset (its first) and other wrappers are looked through.
+        values: A list, tensor, array or other iterable.
+        name: The argument's name in messages.
 
-    Returns:
-        A name for each class (the first of several synonyms, as ImageNet has them), or None.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> from lightning_interp.data.batches import read_class_names
-        >>> read_class_names(SimpleNamespace(classes=["cat", "dog"]))
-        ('cat', 'dog')
-    """
-    classes = getattr(dataset, "classes", None)
-    if isinstance(classes, (list, tuple)) and classes:
-        names = [name[0] if isinstance(name, (list, tuple)) and name else name for name in classes]
-        if all(isinstance(name, str) for name in names):
-            return tuple(names)
-    return next((found for inner in wrapped(dataset) if (found := read_class_names(inner))), None)
-
-
-def read_normalization(dataset: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Find the ``Normalize`` in a data set's transforms.
-
-    Args:
-        dataset: A data set with ``transform`` or ``transforms`` (torchvision's of either version, or any
-            with a Normalize that has ``mean`` and ``std``); wrappers are looked through.
-
-    Returns:
-        The mean and the standard deviation of each channel, or None.
+    Raises:
+        ConfigurationError: If they are not all integers.
 
     Example:
-        >>> from types import SimpleNamespace
-        >>> from torchvision.transforms import Compose, Normalize, ToTensor
-        >>> from lightning_interp.data.batches import read_normalization
-        >>> read_normalization(SimpleNamespace(transform=Compose([ToTensor(), Normalize([0.5], [0.25])])))
-        ((0.5,), (0.25,))
+        >>> as_integers(np.array([3, 1]), "indices")
+        [3, 1]
     """
-    for transform in _transforms(dataset):
-        # torchvision's presets (weights.transforms()) normalise by a function, within one object.
-        if type(transform).__name__ in ("Normalize", "ImageClassification"):
-            try:
-                mean = tuple(float(value) for value in transform.mean)
-                std = tuple(float(value) for value in transform.std)
-            except (AttributeError, TypeError, ValueError):
-                continue
-            if len(mean) == len(std) and all(std):
-                return mean, std
-    return next((found for inner in wrapped(dataset) if (found := read_normalization(inner))), None)
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError as error:
+        raise ConfigurationError(f"{name} must be a sequence of whole numbers, got {describe(values)}") from error
 
 
-def _label_candidates(dataset: Any) -> Iterator[Any]:
-    if isinstance(dataset, TensorDataset):
-        yield from dataset.tensors[1:]
-    for name in ("targets", "labels", "_labels", "y"):
-        yield getattr(dataset, name, None)
-    for name in ("samples", "imgs", "_samples"):
-        pairs = getattr(dataset, name, None)
-        if isinstance(pairs, (list, tuple)) and all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
-            yield [label for _, label in pairs]
-    for inner in wrapped(dataset):
-        yield read_labels(inner)
-
-
-def wrapped(dataset: Any) -> Sequence[Any]:
-    """Find the data sets within a data set.
-
-    Args:
-        dataset: Any.
-
-    Returns:
-        Those of a ConcatDataset, the one of a Subset or of another wrapper, or none.
+def cpu_copy(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the CPU, without its graph; the copy takes gradients even if made in inference mode.
 
     Example:
-        >>> from torch.utils.data import Subset
-        >>> wrapped(Subset([4, 5, 6], [0]))
-        [[4, 5, 6]]
+        >>> with torch.inference_mode():
+        ...     copied = cpu_copy(torch.ones(2))
+        >>> copied.requires_grad_()
+        tensor([1., 1.], requires_grad=True)
     """
-    if isinstance(dataset, ConcatDataset):
-        return list(dataset.datasets)
-    inner = getattr(dataset, "dataset", None)
-    # Other objects keep the *name* of their data under this attribute.
-    return [inner] if isinstance(inner, Dataset) or isinstance(dataset, Subset) else []
+    with torch.inference_mode(False):
+        return tensor.detach().as_subclass(Tensor).to("cpu", copy=True).contiguous()
 
 
-def _transforms(holder: Any, depth: int = 8) -> Iterator[Any]:
-    """All transforms that an object holds; the depth ends objects that claim to hold themselves."""
-    held = [getattr(holder, name, None) for name in ("transform", "transforms")]
-    if isinstance(holder, torch.nn.Module):
-        held += holder.children()
-    for inner in held:
-        for transform in inner if isinstance(inner, (list, tuple)) else [inner]:
-            if transform is not None and depth:
-                yield transform
-                yield from _transforms(transform, depth - 1)
-
-
-def _as_labels(value: Any) -> list[Any] | None:
-    if isinstance(value, (Tensor, np.ndarray)):
-        value = value.tolist() if value.ndim == 1 else None
-    if not isinstance(value, (list, tuple)) or not value:
-        return None
-    labels = [item.item() if isinstance(item, (Tensor, np.generic)) and item.ndim == 0 else item for item in value]
-    whole, named = (all(isinstance(label, kind) for label in labels) for kind in (int, str))
-    return labels if whole or named else None
-
-
-def _named(value: Any) -> dict[str, Any]:
-    """What a batch calls by one of the known names, in lower case."""
+def _named_values(value: Any) -> dict[str, Any]:
+    """The keys or attributes with a known name, in lower case, and their values."""
     if isinstance(value, Mapping):
         return {str(key).lower(): item for key, item in value.items()}
     if isinstance(value, (Tensor, np.ndarray, str, bytes)):
@@ -297,10 +209,10 @@ def _named(value: Any) -> dict[str, Any]:
 
 
 def _split(batch: Any) -> tuple[Any, Any]:
-    """The images as they stand in the batch (None: nowhere), and what may hold the targets."""
+    """The images as the batch holds them, or None, and the structure that may hold the targets."""
     if isinstance(batch, Tensor) or _is_image_list(batch):
         return batch, None
-    named = _named(batch)
+    named = _named_values(batch)
     for name in IMAGE_NAMES:
         value = named.get(name)
         if isinstance(value, Tensor) or _is_image_list(value, 1):
@@ -321,6 +233,7 @@ def _is_image_list(value: Any, at_least: int = 2) -> bool:
 
 
 def _read_targets(value: Any, n: int) -> Tensor | None:
+    """Class indices (N,) of targets in any known structure, or None."""
     if isinstance(value, Tensor):
         return _class_indices(value.detach().as_subclass(Tensor), n)
     if isinstance(value, (list, tuple)) and len(value) == n:
@@ -331,7 +244,7 @@ def _read_targets(value: Any, n: int) -> Tensor | None:
         # One annotation for each image, as detectors have them: their labels are those of boxes.
         if all(isinstance(item, Mapping) for item in value):
             return None
-    named = _named(value) if value is not None else {}
+    named = _named_values(value) if value is not None else {}
     nested = [named[name] for name in TARGET_NAMES if name in named]
     if not nested and isinstance(value, (list, tuple)):
         nested = list(value)
@@ -339,12 +252,12 @@ def _read_targets(value: Any, n: int) -> Tensor | None:
 
 
 def _class_indices(targets: Tensor, n: int) -> Tensor | None:
-    whole = not targets.is_floating_point() and not targets.is_complex()
-    if whole and targets.shape in ((n,), (n, 1)):
+    is_integral = not targets.is_floating_point() and not targets.is_complex()
+    if is_integral and targets.shape in ((n,), (n, 1)):
         return targets.reshape(n).to(torch.int64)
     if targets.ndim == 2 and len(targets) == n and targets.shape[1] > 1 and not targets.is_complex():
         shares = targets.to(torch.float32)
-        # Half precision leaves sums of soft labels a little off 1.
+        # In half precision the sums of soft labels differ a little from 1.
         if bool((shares >= 0).all() & ((shares.sum(1) - 1).abs() < 1e-2).all()):
             return shares.argmax(1)
     return None

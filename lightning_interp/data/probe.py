@@ -1,4 +1,4 @@
-"""The fixed images of a run, with all that is known about them."""
+"""The fixed images of a run, with their targets, annotations and normalisation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_interp.data.batches import as_images, read_class_names, read_normalization
-from lightning_interp.data.display import is_aligned, to_pictures, white_level
-from lightning_interp.data.sampling import Sample, own_copy, read_batch, read_items, whole_numbers
+from lightning_interp.data.batches import as_images, as_integers, check_targets, cpu_copy
+from lightning_interp.data.boxes import check_boxes, check_masks
+from lightning_interp.data.datasets import read_class_names, read_normalization
+from lightning_interp.data.display import is_channelwise_affine, to_pictures, white_level
+from lightning_interp.data.sampling import Sample, read_batch, read_items
 from lightning_interp.errors import ConfigurationError, describe
 
 __all__ = ["Probe"]
@@ -24,21 +26,20 @@ ClassNames = Sequence[str] | Mapping[int, str]
 
 @dataclass(frozen=True, slots=True, eq=False, init=False, repr=False)
 class Probe:
-    """Images that stay the same for the whole run, with all that is known about them.
+    """Images that stay the same for the whole run, with their targets, annotations and normalisation.
 
-    It owns copies of its tensors, on the CPU; its attributes cannot be set. Two probes are equal only if
-    they are one and the same.
+    It holds copies of its tensors, on the CPU; its attributes cannot be set. Probes are compared by identity.
 
     Args:
         images: (N, C, H, W) as the model takes them, N at least 1; integers become float32, values unchanged.
-            NaN and infinities are kept, and shown as 0.
+            NaN and infinities are kept, and displayed as 0.
         targets: The class of each image, int64 (N,) or a list of N ints; None where unknown.
-        boxes: Where the objects are, in pixels (x1, y1, x2, y2): (N, 4), or a list of N tensors (M, 4).
-        masks: Which pixels belong to the objects, (N, H, W) bool.
+        boxes: Bounding boxes of the objects in pixels (x1, y1, x2, y2): (N, 4), or a list of N tensors (M, 4).
+        masks: (N, H, W) bool, the objects' pixels.
         class_names: The name of each class, in order, or a mapping from class to name.
-        mean: What was subtracted from each channel: C numbers, or one for all. A mean above 1 says that the
-            pixels reached to 255 rather than to 1.
-        std: What each channel was then divided by: as many numbers.
+        mean: The mean subtracted from each channel: C numbers, or one for all. A mean above 1 means that pixel
+            values reached 255 rather than 1.
+        std: The standard deviation by which each channel was then divided: as many numbers.
 
     Attributes:
         images: (N, C, H, W) floating.
@@ -67,10 +68,10 @@ class Probe:
     class_names: Mapping[int, str] | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
-    # The value that is shown as white, None where each image is stretched to its own range: judged on all
-    # images, so that a subset is shown as the whole is.
+    # The value displayed as white, None where each image is stretched to its range: taken from all images, so that
+    # a subset is displayed as the whole probe is.
     _white: float | None
-    # Pictures (N, H, W, 3) uint8 to be shown instead of the images.
+    # Pictures (N, H, W, 3) uint8 to display instead of the images.
     _pictures: Tensor | None
 
     def __init__(
@@ -84,16 +85,16 @@ class Probe:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
-        owned = own_copy(as_images(images))
-        n, channels, height, width = owned.shape
+        copied = cpu_copy(as_images(images))
+        n, channels, height, width = copied.shape
         values = {
-            "images": owned,
-            "targets": None if targets is None else _check_targets(targets, n),
-            "boxes": None if boxes is None else _check_boxes(boxes, n),
-            "masks": None if masks is None else _check_masks(masks, (n, height, width)),
-            "class_names": None if class_names is None else _check_names(class_names),
+            "images": copied,
+            "targets": None if targets is None else check_targets(targets, n),
+            "boxes": None if boxes is None else tuple(rows.to(torch.float32) for rows in check_boxes(boxes, n)),
+            "masks": None if masks is None else cpu_copy(check_masks(masks, (n, height, width))),
+            "class_names": None if class_names is None else _check_class_names(class_names),
             **_check_normalization(mean, std, channels),
-            "_white": white_level(owned),
+            "_white": white_level(copied),
             "_pictures": None,
         }
         for name, value in values.items():
@@ -116,19 +117,19 @@ class Probe:
     ) -> Probe:
         """Take images from a data set, the same ones each time, leaving the global random streams untouched.
 
-        Random transforms draw from a fixed seed. Class names and normalisation are the data set's own where
-        they are not given. Boxes and masks come along where the batch is a mapping that has them, or else where
-        the data set has attributes ``boxes`` and ``masks`` with an entry for each item.
+        Random transforms draw from a fixed seed. Class names and normalisation default to the data set's. Boxes
+        and masks are read where the batch is a mapping that holds them, or else where the data set has attributes
+        ``boxes`` and ``masks`` with an entry for each item.
 
         Args:
             dataset: With ``__len__`` and ``__getitem__``.
-            indices: Which items; None for ``spread_indices(dataset, n)``.
-            n: How many, where ``indices`` is None; at most all are taken.
+            indices: Indices of the items; None for ``spread_indices(dataset, n)``.
+            n: Number of items where ``indices`` is None; at most all are taken.
             unpack: From a collated batch to images or (images, targets), see ``unpack_batch``.
             collate_fn: From a list of items to a batch; None for PyTorch's default.
-            transfer: From a collated batch to the batch that the model is given (a Lightning module's
-                transfer hooks). Where it scales and shifts channels (normalisation on the device), the images
-                are shown as they were before.
+            transfer: From a collated batch to the batch that the model takes (a Lightning module's
+                transfer hooks). Where it only scales and shifts channels (normalisation on the device), the
+                images are displayed as they were before.
             class_names: As for ``Probe``.
             mean: As for ``Probe``, of the images after ``transfer``.
             std: As for ``Probe``, of the images after ``transfer``.
@@ -152,15 +153,15 @@ class Probe:
         sample = read_items(
             dataset, indices, n, unpack=unpack, collate_fn=collate_fn, transfer=transfer, annotated=annotated
         )
-        given = mean is not None or std is not None
-        if not given and (numbers := read_normalization(dataset)) is not None:
+        is_given = mean is not None or std is not None
+        if not is_given and (normalization := read_normalization(dataset)) is not None:
             # The hooks may have changed the channels, so the data set's numbers need not fit.
-            mean, std = numbers if len(numbers[0]) in (1, sample.images.shape[1]) else (None, None)
+            mean, std = normalization if len(normalization[0]) in (1, sample.images.shape[1]) else (None, None)
         if class_names is None:
             class_names = read_class_names(dataset)
-        probe = cls._of(sample, annotated, class_names=class_names, mean=mean, std=std)
-        # Given numbers undo what the hooks did; the data set's undo what was done before them.
-        return probe if given or sample.untransferred is None else probe._shown_as(sample.untransferred)
+        probe = cls._from_sample(sample, annotated, class_names=class_names, mean=mean, std=std)
+        # Given numbers invert the hooks; the data set's numbers invert what was applied before them.
+        return probe if is_given or sample.untransferred is None else probe._displaying(sample.untransferred)
 
     @classmethod
     def from_batch(
@@ -174,11 +175,11 @@ class Probe:
         std: Sequence[float] | None = None,
         annotated: bool = False,
     ) -> Probe:
-        """Copy the first images of a batch that passes by.
+        """Copy the first images of a batch.
 
         Args:
             batch: As ``unpack_batch`` takes it, on any device.
-            n: How many; at most all are taken.
+            n: Number of images; at most all are taken.
             unpack: From the batch to images or (images, targets).
             class_names: As for ``Probe``.
             mean: As for ``Probe``.
@@ -198,36 +199,35 @@ class Probe:
             4
         """
         sample = read_batch(batch, n, unpack, annotated)
-        return cls._of(sample, annotated, class_names=class_names, mean=mean, std=std)
+        return cls._from_sample(sample, annotated, class_names=class_names, mean=mean, std=std)
 
     @classmethod
-    def _of(cls, sample: Sample, annotated: bool, **known: Any) -> Probe:
-        """A probe with boxes and masks, or without them where they are wrong and that is no error."""
+    def _from_sample(cls, sample: Sample, annotated: bool, **options: Any) -> Probe:
+        """Make a probe; without ``annotated``, invalid boxes are left out together with the masks."""
         annotations = sample.annotations
-        if annotations is not None:
+        boxes, masks = (None, None) if annotations is None else (annotations.boxes, annotations.masks)
+        if boxes is not None and not annotated:
             try:
-                return cls(sample.images, sample.targets, boxes=annotations.boxes, masks=annotations.masks, **known)
+                check_boxes(boxes, len(sample.images))
             except ConfigurationError:
-                if annotated:
-                    raise
-        return cls(sample.images, sample.targets, **known)
+                boxes = masks = None
+        return cls(sample.images, sample.targets, boxes=boxes, masks=masks, **options)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __repr__(self) -> str:
-        known = [name for name in ("targets", "boxes", "masks", "class_names") if getattr(self, name) is not None]
-        size = " x ".join(str(length) for length in self.images.shape)
-        return f"Probe({size}{''.join(f', {name}' for name in known)})"
+        parts = [name for name in ("targets", "boxes", "masks", "class_names") if getattr(self, name) is not None]
+        return f"Probe({', '.join([' x '.join(map(str, self.images.shape)), *parts])})"
 
     def class_name(self, index: int) -> str:
-        """Name a class.
+        """Return the name of a class.
 
         Args:
             index: The class.
 
         Returns:
-            Its name, or its number where it has none.
+            Its name, or its number where it has no name.
 
         Example:
             >>> import torch
@@ -238,17 +238,17 @@ class Probe:
         return (self.class_names or {}).get(int(index), str(int(index)))
 
     def subset(self, indices: Sequence[int] | Tensor | slice) -> Probe:
-        """Take some of the images along with all that is known about them.
+        """Select images, with their targets and annotations.
 
         Args:
-            indices: Positions in this probe, in the order wanted, or a slice. An empty choice is allowed: of
-                a few images, a rank's share may be none.
+            indices: Indices within this probe, in any order, or a slice. An empty selection is allowed: of a few
+                images, a rank's share may be empty.
 
         Returns:
-            A probe of these, shown exactly as they are shown here.
+            A probe of these images, displayed exactly as they are here.
 
         Raises:
-            ConfigurationError: If there is no such position.
+            ConfigurationError: If there is no such index.
 
         Example:
             >>> import torch
@@ -260,12 +260,12 @@ class Probe:
         if isinstance(indices, slice):
             chosen = list(everything[indices])
         else:
-            chosen = whole_numbers(indices, "indices")
-            if wrong := [index for index in chosen if not -len(self) <= index < len(self)]:
-                raise ConfigurationError(f"a probe of {len(self)} images has no image {wrong[0]}")
+            chosen = as_integers(indices, "indices")
+            if invalid := [index for index in chosen if not -len(self) <= index < len(self)]:
+                raise ConfigurationError(f"a probe of {len(self)} images has no image {invalid[0]}")
             chosen = [everything[index] for index in chosen]
         part = copy.copy(self)
-        # Within Lightning's validation, plain indexing would give tensors that no gradient can pass.
+        # In Lightning's validation, plain indexing would create inference tensors, which take no gradient.
         with torch.inference_mode(False):
             rows = torch.tensor(chosen, dtype=torch.int64, device="cpu")
             for name in ("images", "targets", "masks", "_pictures"):
@@ -276,12 +276,12 @@ class Probe:
         return part
 
     def to_display(self) -> Tensor:
-        """Turn the images back into pictures.
+        """Convert the images to pictures.
 
-        With ``mean`` and ``std`` known, ``images * std + mean`` is shown. Without, values within [0, 1] are
-        shown as they are, whole numbers within [0, 255] are divided by 255, and of anything else each image
-        is stretched from its smallest to its largest value. One channel is shown as grey, two as the grey of
-        their mean, of more than three the first three as red, green and blue. NaN and infinities become 0.
+        With ``mean`` and ``std`` known, ``images * std + mean`` is displayed. Without, values within [0, 1] are
+        displayed unchanged, integers within [0, 255] are divided by 255, and otherwise each image is stretched
+        from its minimum to its maximum. One channel is displayed as grey, two as the grey of their mean, of
+        more than three the first three as red, green and blue. NaN and infinities become 0.
 
         Returns:
             (N, H, W, 3) uint8 on the CPU.
@@ -297,72 +297,31 @@ class Probe:
             return self._pictures.clone()
         return to_pictures(self.images, self._white, self.mean, self.std)
 
-    def _shown_as(self, before: Tensor) -> Probe:
-        """Show the images as they were before their channels were scaled; self if more or less was done."""
-        same_size = len(before) == len(self) and before.shape[2:] == self.images.shape[2:]
-        if not same_size or (before.shape == self.images.shape and torch.equal(before, self.images.to(before))):
+    def _displaying(self, before: Tensor) -> Probe:
+        """Display the images as they were before their channels were scaled; self if more or less was done."""
+        has_same_size = len(before) == len(self) and before.shape[2:] == self.images.shape[2:]
+        if not has_same_size or (before.shape == self.images.shape and torch.equal(before, self.images.to(before))):
             return self
         fits = self.mean is not None and len(self.mean) == before.shape[1]
         mean, std = (self.mean, self.std) if fits else (None, None)
         white = white_level(before)
-        if (mean is None and white is None) or not is_aligned(before, self.images):
+        if (mean is None and white is None) or not is_channelwise_affine(before, self.images):
             return self
-        shown = copy.copy(self)
-        object.__setattr__(shown, "_pictures", to_pictures(before, white, mean, std))
-        return shown
+        probe = copy.copy(self)
+        object.__setattr__(probe, "_pictures", to_pictures(before, white, mean, std))
+        return probe
 
 
-def _check_targets(targets: Any, n: int) -> Tensor:
-    expected = f"targets must be one class for each of the {n} images, int64 ({n},) or a list of ints"
-    if not isinstance(targets, Tensor):
-        targets = torch.tensor(whole_numbers(targets, "targets"), dtype=torch.int64, device="cpu")
-    if targets.shape != (n,) or targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
-        raise ConfigurationError(f"{expected}; got {describe(targets)}")
-    if bool((targets < 0).any()):
+def _check_class_names(class_names: Any) -> dict[int, str]:
+    mapping = dict(enumerate(class_names)) if isinstance(class_names, (list, tuple)) else class_names
+    is_valid = isinstance(mapping, Mapping) and all(
+        isinstance(index, int) and isinstance(name, str) for index, name in mapping.items()
+    )
+    if not is_valid:
         raise ConfigurationError(
-            f"{expected}, counted from 0; got {int(targets.min())}. Leave targets out where they are unknown"
+            f"class_names must be a list of str or a mapping from int to str, got {describe(class_names)}"
         )
-    return own_copy(targets.to(torch.int64))
-
-
-def _check_boxes(boxes: Any, n: int) -> tuple[Tensor, ...]:
-    expected = f"boxes must be (x1, y1, x2, y2) in pixels, a tensor ({n}, 4) or a list of {n} tensors (M, 4)"
-    if not isinstance(boxes, (Tensor, list, tuple)) or len(boxes) != n:
-        raise ConfigurationError(f"{expected}; got {describe(boxes)}")
-    checked: list[Tensor] = []
-    for index, box in enumerate(boxes):
-        # Of one tensor (N, 4) each row is an image's only box.
-        rows = box[None] if isinstance(box, Tensor) and box.ndim == 1 else box
-        if not isinstance(rows, Tensor) or rows.ndim != 2 or rows.shape[1] != 4 or rows.is_complex():
-            raise ConfigurationError(f"{expected}; got {describe(box)} for image {index}")
-        own = own_copy(rows.to(torch.float32))
-        if not bool(own.isfinite().all() & (own[:, 2:] >= own[:, :2]).all()):
-            raise ConfigurationError(
-                f"{expected}, with x1 <= x2 and y1 <= y2; got {own.tolist()} for image {index}. Boxes given "
-                "as (x, y, width, height) are turned by torchvision.ops.box_convert"
-            )
-        checked.append(own)
-    return tuple(checked)
-
-
-def _check_masks(masks: Any, shape: tuple[int, int, int]) -> Tensor:
-    if not isinstance(masks, Tensor) or masks.dtype != torch.bool or masks.shape != shape:
-        raise ConfigurationError(
-            f"masks must be bool, (N, H, W) = {shape} like the images; got {describe(masks)}. Of a tensor of "
-            "classes, say which belong to the object, as in masks == 1"
-        )
-    return own_copy(masks)
-
-
-def _check_names(names: Any) -> dict[int, str]:
-    named = names if isinstance(names, Mapping) else None
-    if named is None and isinstance(names, (list, tuple)):
-        named = dict(enumerate(names))
-    if named is None or not all(isinstance(key, int) and isinstance(name, str) for key, name in named.items()):
-        raise ConfigurationError(
-            f"class_names must be a list of str or a mapping from int to str, got {describe(names)}"
-        )
-    return dict(named)
+    return dict(mapping)
 
 
 def _check_normalization(mean: Any, std: Any, channels: int) -> dict[str, tuple[float, ...] | None]:

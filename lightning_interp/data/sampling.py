@@ -1,8 +1,7 @@
-"""Which items of a data set become a probe, and how they are read without a trace."""
+"""Choosing and reading the items of a data set that become a probe, without side effects."""
 
 from __future__ import annotations
 
-import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,23 +13,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate
 
+from lightning_interp.checks import check_integer
 from lightning_interp.data.annotations import Annotations, dataset_annotations, unpack_annotated
-from lightning_interp.data.batches import read_labels, unpack_batch
+from lightning_interp.data.batches import as_integers, cpu_copy, unpack_batch
+from lightning_interp.data.datasets import read_labels
 from lightning_interp.errors import ConfigurationError, describe
 from lightning_interp.model.preserve import isolate_rng
 
-__all__ = ["Sample", "check_count", "own_copy", "read_batch", "read_items", "spread_indices", "whole_numbers"]
+__all__ = ["Sample", "read_batch", "read_items", "spread_indices"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """Images and what is known of them.
+    """Images with their targets and annotations.
 
     Args:
         images: (N, C, H, W) as the model takes them.
         targets: int64 (N,), or None where an image has no class.
-        annotations: Where the objects are, or None.
-        untransferred: The images as they were before the module's transfer hooks, on the CPU, or None.
+        annotations: Boxes and masks of the objects, or None.
+        untransferred: The images before the module's transfer hooks, on the CPU, or None.
     """
 
     images: Tensor
@@ -53,11 +54,11 @@ def read_items(
 
     Args:
         dataset: With ``__len__`` and ``__getitem__``.
-        indices: Which items; None for ``spread_indices(dataset, n)``.
-        n: How many, where ``indices`` is None; at most all are taken.
+        indices: Indices of the items; None for ``spread_indices(dataset, n)``.
+        n: Number of items where ``indices`` is None; at most all are taken.
         unpack: From a collated batch to images or (images, targets), see ``unpack_batch``.
         collate_fn: From a list of items to a batch; None for PyTorch's default.
-        transfer: From a collated batch to the batch that the model is given.
+        transfer: From a collated batch to the batch that the model takes.
         annotated: Whether boxes and masks that cannot be read are an error; otherwise they are left out.
 
     Returns:
@@ -75,21 +76,21 @@ def read_items(
     kind = type(dataset).__name__
     chosen = spread_indices(dataset, n) if indices is None else _check_indices(dataset, indices)
     untransferred: Tensor | None = None
-    with _fixed_random_streams():
+    with _fixed_seed():
         batch = _collate([dataset[index] for index in chosen], collate_fn, kind)
         try:
             if transfer is not None:
-                # The hooks may change the batch into a form of its own, or in place.
+                # The hooks may change the batch's structure, or the batch in place.
                 with suppress(ConfigurationError):
-                    untransferred = own_copy(unpack_batch(batch, unpack)[0])
+                    untransferred = cpu_copy(unpack_batch(batch, unpack)[0])
                 batch = transfer(batch)
-            images, targets, annotations = _unpack(batch, unpack, annotated)
+            images, targets, annotations = unpack_annotated(batch, unpack, strict=annotated)
         except ConfigurationError as error:
             raise ConfigurationError(f"no probe can be made of the items of {kind}: {error}") from error
     if annotations is None:
         with suppress(*() if annotated else (ConfigurationError,)):
             annotations = dataset_annotations(dataset, chosen, images.shape)
-    return Sample(images, _known_labels(targets), annotations, untransferred)
+    return Sample(images, _without_unlabelled(targets), annotations, untransferred)
 
 
 def read_batch(batch: Any, n: int, unpack: Callable[[Any], Any] | None = None, annotated: bool = False) -> Sample:
@@ -97,12 +98,12 @@ def read_batch(batch: Any, n: int, unpack: Callable[[Any], Any] | None = None, a
 
     Args:
         batch: As ``unpack_batch`` takes it.
-        n: How many; at most all are taken.
+        n: Number of images; at most all are taken.
         unpack: From the batch to images or (images, targets).
         annotated: Whether boxes and masks that cannot be read are an error; otherwise they are left out.
 
     Returns:
-        The images.
+        The images, with their targets and annotations.
 
     Raises:
         ConfigurationError: If the batch cannot be unpacked.
@@ -111,12 +112,12 @@ def read_batch(batch: Any, n: int, unpack: Callable[[Any], Any] | None = None, a
         >>> read_batch([torch.rand(16, 1, 8, 8), torch.arange(16)], 4).targets
         tensor([0, 1, 2, 3])
     """
-    n = check_count(n)
-    images, targets, annotations = _unpack(batch, unpack, annotated)
+    n = check_integer("n", n)
+    images, targets, annotations = unpack_annotated(batch, unpack, strict=annotated)
     if annotations is not None:
         boxes, masks = annotations.boxes, annotations.masks
         annotations = Annotations(None if boxes is None else boxes[:n], None if masks is None else masks[:n])
-    return Sample(images[:n], None if targets is None else _known_labels(targets[:n]), annotations)
+    return Sample(images[:n], None if targets is None else _without_unlabelled(targets[:n]), annotations)
 
 
 def spread_indices(dataset: Any, n: int = 8) -> list[int]:
@@ -125,10 +126,10 @@ def spread_indices(dataset: Any, n: int = 8) -> list[int]:
     Args:
         dataset: With ``__len__`` and ``__getitem__``. Where its labels cannot be read cheaply (see
             ``read_labels``), the items are spaced evenly over its length.
-        n: How many; at most all are chosen.
+        n: Number of items; at most all are chosen.
 
     Returns:
-        Distinct indices. The first of each class come first, then the second of each, classes in sorted
+        Distinct indices: the first item of each class, then the second of each, and so on, classes in sorted
         order; with more classes than ``n``, classes are spaced evenly.
 
     Raises:
@@ -142,7 +143,7 @@ def spread_indices(dataset: Any, n: int = 8) -> list[int]:
         [0, 4, 1, 5]
     """
     length = _length(dataset)
-    n = min(check_count(n), length)
+    n = min(check_integer("n", n), length)
     labels = read_labels(dataset)
     if labels is None:
         return _evenly(length, n)
@@ -152,9 +153,13 @@ def spread_indices(dataset: Any, n: int = 8) -> list[int]:
     classes = [members[label] for label in sorted(members)]
     if len(classes) > n:
         classes = [classes[position] for position in _evenly(len(classes), n)]
-    # By place within the class, then by class: one round after the other.
-    rounds = sorted((place, rank, index) for rank, own in enumerate(classes) for place, index in enumerate(own[:n]))
-    return [index for _, _, index in rounds[:n]]
+    # By position within the class, then by class.
+    ordered = sorted(
+        (position, class_number, index)
+        for class_number, items in enumerate(classes)
+        for position, index in enumerate(items[:n])
+    )
+    return [index for _, _, index in ordered[:n]]
 
 
 def _evenly(length: int, n: int) -> list[int]:
@@ -162,8 +167,8 @@ def _evenly(length: int, n: int) -> list[int]:
 
 
 @contextmanager
-def _fixed_random_streams(seed: int = 0) -> Iterator[None]:
-    """Let the global random streams start at a seed within, and go on after as if nothing had been drawn."""
+def _fixed_seed(seed: int = 0) -> Iterator[None]:
+    """Seed the global random streams within the context, and restore them after it."""
     with isolate_rng():
         random.seed(seed)
         np.random.seed(seed)
@@ -173,38 +178,20 @@ def _fixed_random_streams(seed: int = 0) -> Iterator[None]:
         yield
 
 
-def own_copy(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, free of any graph and usable with gradients even if made under inference mode."""
-    with torch.inference_mode(False):
-        return tensor.detach().as_subclass(Tensor).to("cpu", copy=True).contiguous()
-
-
-def _unpack(
-    batch: Any, unpack: Callable[[Any], Any] | None, strict: bool
-) -> tuple[Tensor, Tensor | None, Annotations | None]:
-    """Boxes and masks that cannot be read are an error only where they are asked for."""
-    try:
-        return unpack_annotated(batch, unpack)
-    except ConfigurationError:
-        if strict:
-            raise
-        return *unpack_batch(batch, unpack), None
-
-
-def _known_labels(targets: Tensor | None) -> Tensor | None:
+def _without_unlabelled(targets: Tensor | None) -> Tensor | None:
     """The targets, or None where some image is unlabelled, which data sets write as a negative class."""
     return None if targets is None or bool((targets < 0).any()) else targets
 
 
 def _length(dataset: Any) -> int:
     kind = type(dataset).__name__
-    lacking = [name for name in ("__len__", "__getitem__") if not hasattr(dataset, name)]
-    if isinstance(dataset, IterableDataset) or lacking:
+    missing = [name for name in ("__len__", "__getitem__") if not hasattr(dataset, name)]
+    if isinstance(dataset, IterableDataset) or missing:
         inner = getattr(dataset, "dataset", None)
         advice = f"Pass its data set, a {type(inner).__name__}, or a" if inner is not None else "Pass a"
         raise ConfigurationError(
-            "a probe is taken from a data set with a length whose items can be asked for by index; got "
-            f"{kind}, {'which lacks ' + ' and '.join(lacking) if lacking else 'which can only be iterated'}. "
+            "a probe is taken from a data set with a length whose items are accessed by index; got "
+            f"{kind}, {'which lacks ' + ' and '.join(missing) if missing else 'which can only be iterated'}. "
             f"{advice} Probe built from a batch: Probe(*batch[:2])"
         )
     if len(dataset) == 0:
@@ -212,30 +199,15 @@ def _length(dataset: Any) -> int:
     return len(dataset)
 
 
-def check_count(n: Any) -> int:
-    """A number of images, checked."""
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ConfigurationError(f"n, the number of images, must be a whole number of at least 1, got {n!r}")
-    return n
-
-
-def whole_numbers(values: Any, what: str) -> list[int]:
-    """A sequence of integers, checked; ``what`` names it in the error."""
-    try:
-        return [operator.index(value) for value in values]
-    except TypeError as error:
-        raise ConfigurationError(f"{what} must be a sequence of whole numbers, got {describe(values)}") from error
-
-
 def _check_indices(dataset: Any, indices: Any) -> list[int]:
     length = _length(dataset)
-    chosen = whole_numbers(indices, "indices")
+    chosen = as_integers(indices, "indices")
     if not chosen:
         raise ConfigurationError("indices must name at least one item, got none; leave it out for an even choice")
-    if wrong := [index for index in chosen if not 0 <= index < length]:
+    if invalid := [index for index in chosen if not 0 <= index < length]:
         raise ConfigurationError(
             f"indices must lie within 0 and {length - 1} for this {type(dataset).__name__} of {length} "
-            f"items, got {', '.join(map(str, wrong))}"
+            f"items, got {', '.join(map(str, invalid))}"
         )
     return chosen
 

@@ -1,4 +1,4 @@
-"""What turns features into logits and class maps: pooling, a norm where the original has one, one linear layer."""
+"""Heads that compute logits and class maps from features: pooling, an optional norm, one linear layer."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from torch.nn import functional as F  # noqa: N812 (the usual name)
 
 from lightning_interp.model.locate import linear_heads
 
-__all__ = ["LinearHead", "PooledMaps", "kept_head"]
-
-Tail = Callable[[Tensor], Tensor]
+__all__ = ["LinearHead", "PooledMaps", "equivalent_head"]
 
 
 class LinearHead(nn.Linear):
-    """Global average pooling and one linear layer, with a norm between them where there is one.
+    """Global average pooling and one linear layer, optionally with a norm between them.
 
     Args:
         in_features: C.
         num_classes: K.
         norm: ``nn.LayerNorm`` or ``nn.BatchNorm1d`` of C, applied to the pooled features, or None.
-        dropout: The probability of the dropout before the linear layer.
-        bias: Whether there is one.
+        dropout: Probability of dropout before the linear layer.
+        bias: Whether the linear layer has a bias.
     """
 
     def __init__(
@@ -35,10 +33,10 @@ class LinearHead(nn.Linear):
         self.dropout = nn.Dropout(dropout) if dropout else None
 
     def reset_parameters(self) -> None:
-        """Start with zeros.
+        """Initialise with zeros.
 
-        What all classes have in common moves no probability, so training would never take random weights out of the
-        maps.
+        A component that all classes share does not change any probability, so training would never remove random
+        weights from the maps.
         """
         nn.init.zeros_(self.weight)
         if self.bias is not None:
@@ -54,14 +52,14 @@ class LinearHead(nn.Linear):
         return super().forward(pooled)
 
     def maps(self, features: Tensor) -> Tensor:
-        """(N, C, h, w) features to (N, K, h, w): each place's share of the logits, all but the bias."""
+        """(N, C, h, w) features to (N, K, h, w): the contributions of the spatial positions to the logits."""
         if self.norm is None:
             return F.conv2d(features, self.weight[:, :, None, None])
         return F.conv2d(_normalized(features, self.norm), self.weight[:, :, None, None])
 
 
 class PooledMaps(nn.Module):
-    """The head of a fully convolutional classifier, whose features are class maps already."""
+    """The head of a fully convolutional classifier, whose features are class maps."""
 
     bias: None = None
 
@@ -70,12 +68,12 @@ class PooledMaps(nn.Module):
         return features.mean((2, 3))
 
     def maps(self, features: Tensor) -> Tensor:
-        """The maps themselves."""
+        """Return the features."""
         return features
 
 
 def _normalized(features: Tensor, norm: nn.Module) -> Tensor:
-    """What a norm of the pooled features does at each place: linear, once its statistics are given."""
+    """Apply the norm of the pooled features at each spatial position: affine, given the pooled statistics."""
     scale, shift = norm.weight, norm.bias
     if isinstance(norm, nn.LayerNorm):
         centred = features - features.mean(1, keepdim=True)
@@ -92,22 +90,23 @@ def _normalized(features: Tensor, norm: nn.Module) -> Tensor:
     return normal + shift[:, None, None] if isinstance(shift, Tensor) else normal
 
 
-def kept_head(
-    model: nn.Module, features: Tensor, tail: Tail, dropout: float
+def equivalent_head(
+    model: nn.Module, features: Tensor, tail: Callable[[Tensor], Tensor], dropout: float
 ) -> tuple[nn.Module, list[nn.Parameter]] | None:
-    """The head that a classifier has, if pooling and one linear layer are all of it.
+    """Return a head that computes the same logits as the last layers of a classifier.
 
     Args:
         model: The classifier.
-        features: (N, C, h, w), of no particular image.
-        tail: What the classifier makes of features.
-        dropout: The probability of a linear head's dropout.
+        features: (N, C, h, w), any values.
+        tail: The last layers, from features to logits (N, K).
+        dropout: Probability of dropout in a linear head.
 
     Returns:
-        A head with copies of the trained weights, and the model's own parameters in the order of the head's; or None.
+        A head with copies of the trained weights, and the model's parameters in the order of the head's; None where
+        the last layers are more than average pooling, at most one norm, and one linear layer.
     """
     logits = tail(features)
-    if _agree(PooledMaps()(features), logits):
+    if _is_close(PooledMaps()(features), logits):
         return PooledMaps(), []
     norms = [None, *_norms(model, features.shape[1])]
     for linear in _linear_layers(model):
@@ -115,27 +114,27 @@ def kept_head(
         if weight.shape != (logits.shape[1], features.shape[1]):
             continue
         for norm in norms:
-            head = LinearHead(weight.shape[1], weight.shape[0], _pooled(norm), dropout, bias is not None)
+            head = LinearHead(weight.shape[1], weight.shape[0], _pooled_norm(norm), dropout, bias is not None)
             sources = [*linear.parameters(), *(norm.parameters() if norm is not None else ())]
             head.to(features.device, features.dtype).eval()
             with torch.no_grad():
-                for mine, theirs in zip(head.parameters(), sources, strict=True):
-                    mine.copy_(theirs.view_as(mine))
-                if _agree(head(features), logits):
+                for parameter, source in zip(head.parameters(), sources, strict=True):
+                    parameter.copy_(source.view_as(parameter))
+                if _is_close(head(features), logits):
                     return head, sources
     return None
 
 
-def _agree(found: Tensor, logits: Tensor) -> bool:
-    if found.shape != logits.shape:
+def _is_close(logits: Tensor, expected: Tensor) -> bool:
+    if logits.shape != expected.shape:
         return False
-    # Half precision keeps three digits; a wrong head is wrong in the first.
-    tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 3e-2
-    return bool((found - logits).abs().max() <= tolerance * logits.abs().max())
+    # Half precision has three digits; another head differs in the first.
+    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 3e-2
+    return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def _linear_layers(model: nn.Module) -> Iterator[nn.Linear | nn.Conv2d]:
-    """Linear layers and 1 x 1 convolutions, the last defined first."""
+    """Linear layers and 1 x 1 convolutions, from the last defined to the first."""
     yield from linear_heads(model)
     for module in reversed(list(model.modules())):
         if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1:
@@ -143,7 +142,7 @@ def _linear_layers(model: nn.Module) -> Iterator[nn.Linear | nn.Conv2d]:
 
 
 def _norms(model: nn.Module, channels: int) -> Iterator[nn.LayerNorm | nn.BatchNorm1d]:
-    """The norms over so many channels, the last defined first."""
+    """Norms over this number of channels, from the last defined to the first."""
     for module in reversed(list(model.modules())):
         if (isinstance(module, nn.LayerNorm) and module.normalized_shape == (channels,)) or (
             isinstance(module, nn.BatchNorm1d) and module.num_features == channels and module.track_running_stats
@@ -151,8 +150,8 @@ def _norms(model: nn.Module, channels: int) -> Iterator[nn.LayerNorm | nn.BatchN
             yield module
 
 
-def _pooled(norm: nn.LayerNorm | nn.BatchNorm1d | None) -> nn.Module | None:
-    """A norm of pooled features (N, C) like one that may stand before the flattening."""
+def _pooled_norm(norm: nn.LayerNorm | nn.BatchNorm1d | None) -> nn.Module | None:
+    """A copy of a norm for pooled features (N, C), where the model may apply it before the flattening."""
     if norm is None or isinstance(norm, nn.BatchNorm1d):
         return copy.deepcopy(norm)
     (channels,) = norm.normalized_shape

@@ -1,10 +1,10 @@
-"""Finer maps without new weights: dilation in place of stride."""
+"""Maps of higher resolution without new weights, by dilation in place of stride."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,93 +16,101 @@ from lightning_interp.model.layout import to_grid
 from lightning_interp.model.locate import ATTENTIONS, plain_name
 from lightning_interp.model.preserve import preserve_state
 
-__all__ = ["refine"]
+__all__ = ["limit_output_stride"]
 
 _STRIDED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
-def refine(model: nn.Module, images: Tensor, site: HookPoint, output_stride: int) -> None:
-    """Change a model's strided layers so that a place has finer maps.
+class _Layer(NamedTuple):
+    """A layer that may have a stride, and the height of its input."""
 
-    A layer that would make the stride larger than ``output_stride`` keeps its kernel and makes no stride; those after
-    it are dilated by what it no longer skips. So every second position of a map that is twice as fine is the coarse
-    map's. A max pooling without a convolution between it and the place is left out.
+    name: str
+    module: Any
+    input_height: int
+
+
+def limit_output_stride(model: nn.Module, images: Tensor, point: HookPoint, output_stride: int) -> None:
+    """Change a model's strided layers so that the stride of its features is at most ``output_stride``.
+
+    A layer that would exceed it keeps its kernel and loses its stride; later layers are dilated by the same factor.
+    So every second position of a map of twice the resolution is a position of the original map. A max pooling that no
+    convolution follows is removed.
 
     Args:
         model: Changed in place.
         images: (N, C, H, W) to run it with.
-        site: The place.
-        output_stride: How many pixels a step on the finer map is.
+        point: The features.
+        output_stride: The stride in pixels.
 
     Raises:
-        ConfigurationError: If the model has attention, or makes its stride by other means.
+        ConfigurationError: If the model has attention, or its stride is not that of convolutions and poolings.
     """
     kind = type(model).__name__
-    before, passed, attends = _strides(model, images, site)
-    if attends:
+    before, layers, has_attention = _strided_layers(model, images, point)
+    if has_attention:
         raise ConfigurationError(
             f"output_stride={output_stride} is for convolutional models; {kind} has attention, whose weights are made "
-            "for its number of places. Leave output_stride out"
+            "for its number of positions. Leave output_stride out"
         )
     size = images.shape[2]
-    reached = _power_of_two(size / before)
-    if reached <= output_stride:
+    if _power_of_two(size / before) <= output_stride:
         return
-    last_convolution = max((i for i, (_, module, _) in enumerate(passed) if isinstance(module, nn.Conv2d)), default=-1)
-    for index, (name, module, height) in enumerate(passed):
+    convolutions = [index for index, layer in enumerate(layers) if isinstance(layer.module, nn.Conv2d)]
+    for index, (name, module, height) in enumerate(layers):
         stride = _first(module.stride or module.kernel_size)
-        entering = _power_of_two(size / height)
-        rate = max(entering // output_stride, 1)
-        leaving = entering * stride
-        if leaving > output_stride and isinstance(module, nn.MaxPool2d) and index > last_convolution:
-            _replace(model, name, nn.Identity())
-        elif rate > 1 or (stride > 1 and leaving > output_stride):
-            keeps = max(output_stride // entering, 1)  # what of its stride may stay
-            _dilate(model, name, module, rate, keeps)
+        input_stride = _power_of_two(size / height)
+        rate = max(input_stride // output_stride, 1)
+        exceeds = input_stride * stride > output_stride
+        if exceeds and isinstance(module, nn.MaxPool2d) and index > max(convolutions, default=-1):
+            model.set_submodule(name, nn.Identity())
+        elif rate > 1 or (stride > 1 and exceeds):
+            allowed_stride = max(output_stride // input_stride, 1)
+            _dilate(model, name, module, rate, allowed_stride)
     try:
-        after, *_ = _strides(model, images, site)
+        after, *_ = _strided_layers(model, images, point)
     except RuntimeError as error:
         raise ConfigurationError(
-            f"{kind} cannot have output_stride={output_stride}: it makes some of its stride by functions, which cannot "
+            f"{kind} cannot have output_stride={output_stride}: some of its stride is that of functions, which cannot "
             f"be changed ({error}). Leave output_stride out"
         ) from error
     if _power_of_two(size / after) > output_stride:
         raise ConfigurationError(
-            f"{kind} cannot have output_stride={output_stride}: it makes stride by other means than convolutions and "
+            f"{kind} cannot have output_stride={output_stride}: its stride is not only that of convolutions and "
             f"poolings, and stays at {_power_of_two(size / after)}. Leave output_stride out"
         )
 
 
-def _strides(model: nn.Module, images: Tensor, site: HookPoint) -> tuple[int, list[tuple[str, Any, int]], bool]:
-    """The map's height; the layers that can make stride, each with the height that enters it; if there is attention."""
-    passed: dict[nn.Module, tuple[str, Any, int]] = {}  # by its first use
+def _strided_layers(model: nn.Module, images: Tensor, point: HookPoint) -> tuple[int, list[_Layer], bool]:
+    """The features' height, the layers that may have a stride in the order of their first call, and any attention."""
+    layers: dict[nn.Module, _Layer] = {}
     watcher = _Watcher()
 
-    def heard(name: str, module: nn.Module, output: Any) -> None:
-        if watcher.entered.get(type(module).__name__) is not None:
-            passed.setdefault(module, (name, module, watcher.entered[type(module).__name__]))
+    def record(name: str, module: nn.Module, output: Any) -> None:
+        height = watcher.input_heights.get(type(module).__name__)
+        if height is not None:
+            layers.setdefault(module, _Layer(name, module, height))
 
-    modules = {plain_name(name): each for name, each in model.named_modules() if type(each) in _STRIDED}
-    with preserve_state(model), torch.no_grad(), tap(modules, heard), watcher:
-        found = to_grid(run_until(model, images.clone(), site), (images.shape[2], images.shape[3]))
-    return found.shape[2], list(passed.values()), watcher.attends
+    modules = {plain_name(name): module for name, module in model.named_modules() if type(module) in _STRIDED}
+    with preserve_state(model), torch.no_grad(), tap(modules, record), watcher:
+        features = to_grid(run_until(model, images.clone(), point), (images.shape[2], images.shape[3]))
+    return features.shape[2], list(layers.values()), watcher.has_attention
 
 
 class _Watcher(FunctionMode):
-    """The height that entered the latest convolution and pooling, and whether anything attends."""
+    """Record the input height of the latest convolution and pooling, and whether there is attention."""
 
     _KINDS = {"conv2d": "Conv2d", "max_pool2d": "MaxPool2d", "avg_pool2d": "AvgPool2d"}  # noqa: RUF012
 
     def __init__(self) -> None:
         super().__init__()
-        self.entered: dict[str, int] = {}
-        self.attends = False
+        self.input_heights: dict[str, int] = {}
+        self.has_attention = False
 
     def call(self, function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.attends |= name in ATTENTIONS
+        self.has_attention |= name in ATTENTIONS
         kind = self._KINDS.get(name.removeprefix("_"))
         if kind is not None and args and isinstance(args[0], Tensor) and args[0].ndim == 4:
-            self.entered[kind] = args[0].shape[2]
+            self.input_heights[kind] = args[0].shape[2]
         return function(*args, **kwargs)
 
 
@@ -119,33 +127,28 @@ def _dilate(model: nn.Module, name: str, module: Any, rate: int, stride: int) ->
     elif rate == 1 and not module.ceil_mode:
         module.stride = stride
     else:
-        _replace(model, name, _DilatedPool(module, rate))
+        model.set_submodule(name, _DilatedPool(module, rate))
 
 
 class _DilatedPool(nn.Module):
-    """Pooling over places that lie apart, at each place; torch pads and dilates less, or not at all."""
+    """Dilated pooling with stride 1; torch's own limits the padding to half a kernel, or has no dilation."""
 
     def __init__(self, pool: nn.MaxPool2d | nn.AvgPool2d, rate: int) -> None:
         super().__init__()
         self.kernel, self.padding, self.rate = _pair(pool.kernel_size), _pair(pool.padding), rate
-        # Rounding up takes windows in that reach beyond the end.
-        self.beyond = rate * (_first(pool.stride) - 1) if pool.ceil_mode else 0
-        self.takes_max = isinstance(pool, nn.MaxPool2d)
+        # With ceil_mode, windows may exceed the padded input at its end.
+        self.excess = rate * (_first(pool.stride) - 1) if pool.ceil_mode else 0
+        self.is_max = isinstance(pool, nn.MaxPool2d)
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, C, h, w) to (N, C, h', w')."""
-        (height, width), (down, across) = self.kernel, (pad * self.rate for pad in self.padding)
-        if self.takes_max:
-            around = (across, across + self.beyond, down, down + self.beyond)
-            padded = F.pad(features, around, value=-torch.inf)
+        (height, width), (vertical, horizontal) = self.kernel, (pad * self.rate for pad in self.padding)
+        if self.is_max:
+            padding = (horizontal, horizontal + self.excess, vertical, vertical + self.excess)
+            padded = F.pad(features, padding, value=-torch.inf)
             return F.max_pool2d(padded, self.kernel, stride=1, dilation=self.rate)
         weight = features.new_full((features.shape[1], 1, height, width), 1 / (height * width))
-        return F.conv2d(features, weight, padding=(down, across), dilation=self.rate, groups=features.shape[1])
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+        return F.conv2d(features, weight, padding=(vertical, horizontal), dilation=self.rate, groups=features.shape[1])
 
 
 def _power_of_two(ratio: float) -> int:

@@ -1,4 +1,4 @@
-"""Any classifier as one whose class activation maps are exact: pooling and one linear layer after its last places."""
+"""Adaptation of any classifier to one with exact class activation maps, by pooling and one linear layer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_interp.checks import check_choice, check_integer, check_number
 from lightning_interp.errors import ConfigurationError, describe
 from lightning_interp.localize._cut import cut
-from lightning_interp.localize._heads import LinearHead, PooledMaps, kept_head
-from lightning_interp.localize._stride import refine
+from lightning_interp.localize._heads import LinearHead, PooledMaps, equivalent_head
+from lightning_interp.localize._stride import limit_output_stride
 from lightning_interp.model.hooks import HookPoint, replace, run_until
 from lightning_interp.model.layout import to_grid
 from lightning_interp.model.locate import (
@@ -22,7 +23,7 @@ from lightning_interp.model.locate import (
     locate,
     locate_features,
     locate_last_convolution,
-    original,
+    unwrap_compiled,
 )
 from lightning_interp.model.outputs import checked_images, output_logits, run_model
 from lightning_interp.model.preserve import preserve_state
@@ -33,21 +34,21 @@ _log = logging.getLogger(__name__)
 
 
 class GAPClassifier(nn.Module):
-    r"""A classifier of pooled features and one linear layer, so that each logit is the mean of a map.
+    r"""A classifier with pooled features and one linear layer, so that each logit is the mean of a map.
 
     .. math:: \text{logit}_k = b_k + \frac{1}{hw} \sum_{y, x} M_k(y, x), \qquad M_k = \sum_c w_{kc} A_c
 
-    in eval mode and float32. ``forward`` gives logits, so it trains, exports and checkpoints like any module;
-    :meth:`forward_with_maps` gives the maps from the same pass. Make one of a classifier with :meth:`from_classifier`.
+    in eval mode and float32. ``forward`` returns logits, so it trains, exports and checkpoints like any module;
+    :meth:`forward_with_maps` returns the maps of the same pass as well. :meth:`from_classifier` adapts a classifier.
 
     Args:
         features: A module from images (N, 3, H, W) to features (N, C, h, w).
         head: A module from features to logits (N, K), with ``maps(features)`` (N, K, h, w) and ``bias``, (K,) or None.
 
     Attributes:
-        features: All up to the last places.
-        head: What makes logits and maps of them.
-        summary: What was cut where, and what became of the head.
+        features: The module from images to features.
+        head: The module from features to logits and maps.
+        summary: Where the classifier was cut, and whether its head was kept.
 
     Reference:
         Zhou et al., Learning Deep Features for Discriminative Localization, CVPR 2016.
@@ -74,30 +75,30 @@ class GAPClassifier(nn.Module):
     ) -> GAPClassifier:
         """Adapt a classifier; the given one is not changed.
 
-        What comes after the last tensor with places (before the final pooling or flattening, found by running the
-        model) is replaced by average pooling and one linear layer. With ``num_classes=None`` a head that is that
-        already, or a fully convolutional one, or one with a norm between pooling and linear layer, keeps its trained
-        weights, so that the logits stay what they were. Auxiliary heads are dropped.
+        The layers after the last spatial features (before the final pooling or flattening, located by running the
+        model) are replaced by average pooling and one linear layer. With ``num_classes=None`` a head that consists of
+        these, a fully convolutional one, or one with a norm between pooling and linear layer keeps its trained
+        weights, so that the logits do not change. Auxiliary heads are dropped.
 
         Args:
-            model: Any classifier of images. A ``GAPClassifier`` comes back as an equal one where nothing else is asked.
-            num_classes: K of a new head; None: as many classes as the model has, with its weights where they fit.
-            layer: Where to cut: a submodule, its dotted name, or None.
+            model: Any image classifier. A ``GAPClassifier`` is returned as a copy if no option is given.
+            num_classes: K of a new head; None: the model's classes, with its weights where possible.
+            layer: The layer whose output becomes the features: a submodule, its dotted name, or None.
             sample: (N, C, H, W) images to run the model with; only their shape, dtype and device matter. None:
                 1 x 3 x 224 x 224.
-            output_stride: 8 or 16: finer maps without new weights, by dilation in place of stride; a last pooling that
-                no convolution follows is dropped. The logits, being means over more places, change a little. Not for
-                transformers.
-            conv_channels: Adds a 3 x 3 convolution to so many channels and a rectifier before the pooling, as the
-                paper does (1024); the head is new then.
+            output_stride: 8 or 16: maps of higher resolution without new weights, by dilation in place of stride; a
+                last pooling that no convolution follows is removed. The logits, being means over more positions,
+                change a little. Not for transformers.
+            conv_channels: Adds a 3 x 3 convolution with this number of output channels and a ReLU before the
+                pooling, as the paper does (1024); the head is new then.
             dropout: Probability of dropout before the linear layer.
 
         Returns:
-            The adapted classifier, on the model's device, in its dtype, with its modes and frozen parts.
+            The adapted classifier, on the model's device, in its dtype, with its modes and frozen parameters.
 
         Raises:
-            ConfigurationError: If the model has no place to cut, an argument is out of range, or ``output_stride``
-                cannot be reached.
+            ConfigurationError: If the model has no spatial features, an argument is out of range, or
+                ``output_stride`` cannot be reached.
 
         Example:
             >>> import torch
@@ -113,34 +114,34 @@ class GAPClassifier(nn.Module):
             True
         """
         _check_options(model, num_classes, output_stride, conv_channels, dropout)
-        model = original(model)
-        renewed = num_classes is not None or conv_channels is not None or bool(dropout)
-        if isinstance(model, GAPClassifier) and not renewed and layer is None and output_stride is None:
+        model = unwrap_compiled(model)
+        has_new_head = num_classes is not None or conv_channels is not None or bool(dropout)
+        if isinstance(model, GAPClassifier) and not has_new_head and layer is None and output_stride is None:
             return copy.deepcopy(model)
         if layer is not None:
             layer = layer_name(model, find_layer(model, layer))
         model = copy.deepcopy(model)
         images = _noise(model, sample)
-        site = _site(model, images, layer)
+        point = _locate(model, images, layer)
         if output_stride is not None:
-            refine(model, images, site, output_stride)
-            if site.module is None:
-                site = _site(model, images, layer)  # calls by function may have become others
-        kept = _kept(model, images, site, dropout)
-        are_maps = isinstance(kept, PooledMaps)  # there is no linear layer that a dropout could stand before
+            limit_output_stride(model, images, point, output_stride)
+            if point.module is None:
+                point = _locate(model, images, layer)  # the numbers of function calls may have changed
+        kept = _kept_head(model, images, point, dropout)
+        is_convolutional = isinstance(kept, PooledMaps)  # without a linear layer that dropout could precede
         kind, classes = type(model).__name__, num_classes or _number_of_classes(model, images)
-        if num_classes is None and conv_channels is None and kept is not None and not (are_maps and dropout):
-            features, head = _up_to(model, images, site), kept
-            summary = f"{kind} is cut at {site.name!r} and keeps the weights of its head"
+        if num_classes is None and conv_channels is None and kept is not None and not (is_convolutional and dropout):
+            features, head = _features(model, images, point), kept
+            summary = f"{kind} is cut at {point.name!r} and keeps the weights of its head"
         else:
-            if are_maps and layer is None and not isinstance(model, GAPClassifier):
-                site = locate_last_convolution(model, images)  # maps of the old classes are no features
-            features, head = _new_head(_up_to(model, images, site), images, classes, conv_channels, dropout)
-            summary = f"{kind} is cut at {site.name!r}; a new head of {classes} classes replaces what came after"
+            if is_convolutional and layer is None and not isinstance(model, GAPClassifier):
+                point = locate_last_convolution(model, images)  # the model's class maps are no features
+            features, head = _new_head(_features(model, images, point), images, classes, conv_channels, dropout)
+            summary = f"{kind} is cut at {point.name!r}; a new head of {classes} classes replaces the layers after it"
             if num_classes is None:
                 warnings.warn(
-                    f"{summary}, which was more than average pooling and one linear layer: train it before you use its "
-                    "logits or maps. Pass num_classes to say that this is meant",
+                    f"{summary}, which were more than average pooling and one linear layer: train it before you use "
+                    "its logits or maps. Pass num_classes to confirm that a new head is wanted",
                     stacklevel=2,
                 )
         head.train(model.training)
@@ -156,7 +157,7 @@ class GAPClassifier(nn.Module):
         return logits
 
     def forward_with_maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) images to (N, K) logits and the (N, K, h, w) maps whose means they are, but for the bias."""
+        """(N, 3, H, W) images to (N, K) logits and (N, K, h, w) maps, whose means plus the bias are the logits."""
         features = self.features(images)
         return self.head(features), self.head.maps(features)  # type: ignore[operator]
 
@@ -167,23 +168,22 @@ def _check_options(
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"model is a classifier, a torch.nn.Module, got {describe(model)}")
     for name, value in {"num_classes": num_classes, "conv_channels": conv_channels}.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigurationError(f"{name} takes a positive integer or None, got {value!r}")
-    if output_stride not in (None, 8, 16):
-        raise ConfigurationError(f"output_stride takes 8, 16 or None, got {output_stride!r}")
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ConfigurationError(f"dropout takes a probability of at least 0 and below 1, got {dropout!r}")
+        if value is not None:
+            check_integer(name, value)
+    check_choice("output_stride", output_stride, (8, 16, None))
+    takes = "a probability of at least 0 and below 1"
+    check_number("dropout", dropout, takes, lambda probability: 0 <= probability < 1)
 
 
 def _noise(model: nn.Module, sample: Tensor | None) -> Tensor:
-    """Images like the sample, on which no two tensors of a model come out the same."""
-    like = next((each for each in model.parameters() if each.is_floating_point()), torch.zeros(()))
+    """Random images of the sample's shape and dtype, for which no two tensors of a model are equal."""
+    like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.zeros(()))
     shape = torch.Size((1, 3, 224, 224)) if sample is None else checked_images(sample).shape
     noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     return noise.to(like.device, like.dtype if sample is None else sample.dtype)
 
 
-def _site(model: nn.Module, images: Tensor, layer: str | None) -> HookPoint:
+def _locate(model: nn.Module, images: Tensor, layer: str | None) -> HookPoint:
     try:
         return locate_features(model, images) if layer is None else locate(model, layer)
     except (RuntimeError, AssertionError) as error:
@@ -193,37 +193,38 @@ def _site(model: nn.Module, images: Tensor, layer: str | None) -> HookPoint:
         ) from error
 
 
-def _kept(model: nn.Module, images: Tensor, site: HookPoint, dropout: float) -> nn.Module | None:
-    """The model's own head, where it will do."""
+def _kept_head(model: nn.Module, images: Tensor, point: HookPoint, dropout: float) -> nn.Module | None:
+    """A head with the model's weights, if it computes the model's logits."""
     image_size = (images.shape[2], images.shape[3])
     with preserve_state(model), torch.no_grad():
-        there = run_until(model, images.clone(), site)
-        # Noise in place of the features, of every scale the same: untrained networks leave nothing to compare.
-        noise = torch.randn(there.shape, generator=torch.Generator().manual_seed(0)).to(there)
+        activations = run_until(model, images.clone(), point)
+        # Noise of unit scale in place of the features: those of untrained networks may be too small to compare.
+        noise = torch.randn(activations.shape, generator=torch.Generator().manual_seed(0)).to(activations)
 
         def tail(features: Tensor) -> Tensor:
-            with replace(site, lambda _: noise):
+            with replace(point, lambda _: noise):
                 return output_logits(run_model(model, images.clone(), None))
 
         features = to_grid(noise, image_size)
         if features.ndim != 4:
             raise ConfigurationError(
-                f"the layer {site.name!r} gives {tuple(there.shape)}, which has no places in the image; choose a layer "
-                "that gives (N, C, h, w) or tokens"
+                f"the layer {point.name!r} gives {tuple(activations.shape)}, which has no spatial positions; choose a "
+                "layer that gives (N, C, h, w) or tokens"
             )
-        found = kept_head(model, features, tail, dropout)
-    if found is None:
+        equivalent = equivalent_head(model, features, tail, dropout)
+    if equivalent is None:
         return None
-    head, sources = found
-    for mine, theirs in zip(head.parameters(), sources, strict=True):
-        mine.requires_grad_(theirs.requires_grad)
+    head, sources = equivalent
+    for parameter, source in zip(head.parameters(), sources, strict=True):
+        parameter.requires_grad_(source.requires_grad)
     return head
 
 
-def _up_to(model: nn.Module, images: Tensor, site: HookPoint) -> nn.Module:
-    if isinstance(model, GAPClassifier) and site.module is model.features:
+def _features(model: nn.Module, images: Tensor, point: HookPoint) -> nn.Module:
+    """The module from images to the features at a point."""
+    if isinstance(model, GAPClassifier) and point.module is model.features:
         return model.features
-    return cut(model, images, site)
+    return cut(model, images, point)
 
 
 def _number_of_classes(model: nn.Module, images: Tensor) -> int:
@@ -240,14 +241,14 @@ def _new_head(
     features: nn.Module, images: Tensor, num_classes: int, conv_channels: int | None, dropout: float
 ) -> tuple[nn.Module, nn.Module]:
     with preserve_state(features), torch.no_grad():
-        there = features(images.clone())
-    like: dict[str, Any] = {"device": there.device, "dtype": there.dtype}
-    channels = there.shape[1]
+        activations = features(images.clone())
+    like: dict[str, Any] = {"device": activations.device, "dtype": activations.dtype}
+    channels = activations.shape[1]
     if conv_channels is not None:
         convolution = nn.Conv2d(channels, conv_channels, 3, padding=1, **like)
         nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
         training = features.training
         features, channels = nn.Sequential(features, convolution, nn.ReLU(inplace=True)), conv_channels
-        for each in (features, *features[1:]):
-            each.training = training  # but not all below: the user may have frozen some
+        for module in (features, *features[1:]):
+            module.training = training  # but not that of all submodules, of which the user may have frozen some
     return features, LinearHead(channels, num_classes, dropout=dropout).to(**like)

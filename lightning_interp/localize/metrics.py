@@ -1,4 +1,4 @@
-"""How well maps localise, as torchmetrics: exact over batches and ranks, each with its trivial baselines."""
+"""Localisation metrics as torchmetrics: exact over batches and ranks, each with trivial baselines."""
 
 from __future__ import annotations
 
@@ -9,30 +9,39 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_interp.checks import check_integer
 from lightning_interp.errors import ConfigurationError
-from lightning_interp.localize.boxes import Normalization, best_threshold, check_grid
-from lightning_interp.localize.counts import (
-    TOLERANCE,
-    accuracy_counts,
-    average_precision,
-    best_accuracy,
-    check_tolerance,
-    check_version,
-    energy_rows,
-    pixel_counts,
-    pointing_rate,
-    pointing_rows,
+from lightning_interp.localize._functional.energy_pointing_game import (
+    energy_pointing_game_compute,
+    energy_pointing_game_update,
 )
+from lightning_interp.localize._functional.max_box_accuracy import (
+    max_box_accuracy_compute,
+    max_box_accuracy_update,
+    version_options,
+)
+from lightning_interp.localize._functional.pixel_average_precision import (
+    pixel_average_precision_compute,
+    pixel_average_precision_update,
+)
+from lightning_interp.localize._functional.pointing_game import (
+    DEFAULT_TOLERANCE,
+    check_tolerance,
+    pointing_game_compute,
+    pointing_game_update,
+)
+from lightning_interp.localize.boxes import Normalization, check_normalization
 from lightning_interp.localize.ground_truth import Boxes
+from lightning_interp.localize.thresholds import best_threshold
 
 __all__ = ["EnergyPointingGame", "LocalizationMetric", "MaxBoxAccuracy", "PixelAveragePrecision", "PointingGame"]
 
 
 class LocalizationMetric(Metric):
-    """A localisation score with the scores of trivial answers beside it. Abstract.
+    """A localisation metric that also scores trivial predictions, its baselines. Abstract.
 
     Args:
-        kwargs: torchmetrics' own options.
+        kwargs: Options of ``torchmetrics.Metric``.
 
     Example:
         >>> issubclass(MaxBoxAccuracy, LocalizationMetric)
@@ -46,9 +55,9 @@ class LocalizationMetric(Metric):
     plot_upper_bound = 1.0
 
     def baselines(self) -> dict[str, Tensor]:
-        """Score trivial answers on the same images, those of all ranks together.
+        """Score the baselines on the same images, those of all ranks together.
 
-        Every rank must ask, as for ``compute``.
+        Like ``compute``, a collective: every rank must call it.
 
         Returns:
             For each baseline a () float32; NaN without images.
@@ -67,22 +76,22 @@ class LocalizationMetric(Metric):
 
     @abstractmethod
     def _baselines(self) -> dict[str, Tensor]:
-        """The baselines' scores, from states that are synchronised."""
+        """The baselines' scores, from synchronised states."""
 
 
 class MaxBoxAccuracy(LocalizationMetric):
-    """On what share of images a box drawn from the map is right, at the best threshold for the set.
+    """Fraction of images for which a box drawn from the map is correct, at the best threshold for the set.
 
-    Its baselines are ``"whole_image"``, the image's own outline as the box, and ``"centered_box"``, a centred box of
-    the image's shape, at the best size for the set (of sides 1 / n, 2 / n, ... 1 of the image's; for version 2 the best
-    for each IoU): what one gets without looking at the image.
+    Its baselines do not depend on the image's content: ``"whole_image"``, the image's outline as the box, and
+    ``"centered_box"``, a centred box of the image's shape, at the best size for the set (of sides 1 / n, 2 / n, ... 1
+    of the image's; for version 2 the best for each IoU).
 
     Args:
         version: 1: the largest component's box, IoU at least 0.5. 2: the best over all components' boxes, the mean
-            over IoU 0.3, 0.5 and 0.7, each at its own best threshold.
-        n_thresholds: How many thresholds are tried, n: 0, 1 / n, 2 / n, ...
+            over IoU 0.3, 0.5 and 0.7, each at the best threshold for it.
+        n_thresholds: Number of thresholds that are tried, n: 0, 1 / n, 2 / n, ...
         normalization: See ``maps_to_masks``.
-        kwargs: torchmetrics' own options.
+        kwargs: Options of ``torchmetrics.Metric``.
 
     Raises:
         ConfigurationError: If an option is out of range.
@@ -115,10 +124,10 @@ class MaxBoxAccuracy(LocalizationMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        _, ious = check_version(version)
-        self.version, self.n_thresholds = version, check_grid(n_thresholds)
-        self.normalization: Normalization = _check_normalization(normalization)
-        zeros = torch.zeros(len(ious), n_thresholds, dtype=torch.int64)
+        _, ious = version_options(version)
+        self.version, self.n_thresholds = version, check_integer("n_thresholds", n_thresholds)
+        self.normalization = check_normalization(normalization)
+        zeros = torch.zeros(len(ious), self.n_thresholds, dtype=torch.int64)
         self.add_state("hits", zeros, dist_reduce_fx="sum")
         self.add_state("centered", zeros.clone(), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
@@ -134,24 +143,24 @@ class MaxBoxAccuracy(LocalizationMetric):
         Raises:
             ConfigurationError: If boxes are missing, empty or outside the image.
         """
-        hits, centered = accuracy_counts(maps, boxes, self.version, self.n_thresholds, self.normalization)
+        hits, centered = max_box_accuracy_update(maps, boxes, self.version, self.n_thresholds, self.normalization)
         self.hits += hits.to(self.hits.device)
         self.centered += centered.to(self.centered.device)
         self.count += len(maps)
 
     def compute(self) -> Tensor:
-        """Score all images.
+        """Compute the score of all images.
 
         Returns:
             () float32 in [0, 1]; NaN without images.
         """
-        return best_accuracy(self.hits, self.count)
+        return max_box_accuracy_compute(self.hits, self.count)
 
     def best_threshold(self) -> float:
-        """Find the threshold at which the most boxes are right, over all ranks; of version 2 the sum over the IoUs.
+        """Return the threshold at which the most boxes are correct, over all ranks; of version 2 the sum over the IoUs.
 
         Returns:
-            The middle of the longest run of such thresholds, for ``maps_to_boxes``; 0.2 where no box is right at any.
+            The middle of the longest run of such thresholds, for ``maps_to_boxes``; 0.2 where no box is correct at any.
         """
         with self.sync_context(
             dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync
@@ -160,20 +169,20 @@ class MaxBoxAccuracy(LocalizationMetric):
 
     def _baselines(self) -> dict[str, Tensor]:
         return {
-            "whole_image": best_accuracy(self.centered[:, -1:], self.count),
-            "centered_box": best_accuracy(self.centered, self.count),
+            "whole_image": max_box_accuracy_compute(self.centered[:, -1:], self.count),
+            "centered_box": max_box_accuracy_compute(self.centered, self.count),
         }
 
 
 class PixelAveragePrecision(LocalizationMetric):
-    """The area under the precision-recall curve of all images' pixels together (PxAP).
+    """Area under the precision-recall curve of all images' pixels together (PxAP).
 
-    Its baseline is ``"uniform"``, a map that is the same everywhere: the objects' share of the pixels.
+    Its baseline is ``"uniform"``, a constant map: the objects' fraction of the pixels.
 
     Args:
-        n_thresholds: Into how many steps the normalised maps are divided.
+        n_thresholds: Number of bins into which the normalised maps are divided.
         normalization: See ``maps_to_masks``.
-        kwargs: torchmetrics' own options.
+        kwargs: Options of ``torchmetrics.Metric``.
 
     Raises:
         ConfigurationError: If an option is out of range.
@@ -193,45 +202,45 @@ class PixelAveragePrecision(LocalizationMetric):
 
     def __init__(self, *, n_thresholds: int = 1000, normalization: Normalization = "relu_max", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.n_thresholds = check_grid(n_thresholds)
-        self.normalization: Normalization = _check_normalization(normalization)
-        self.add_state("counts", torch.zeros(2, n_thresholds + 1, dtype=torch.int64), dist_reduce_fx="sum")
+        self.n_thresholds = check_integer("n_thresholds", n_thresholds)
+        self.normalization = check_normalization(normalization)
+        self.add_state("counts", torch.zeros(2, self.n_thresholds + 1, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, maps: Tensor, masks: Tensor, ignore: Tensor | None = None) -> None:
         """Add images.
 
         Args:
             maps: (N, H, W), floating.
-            masks: (N, H, W) bool, which pixels belong to the objects. An image of background alone is one too.
-            ignore: (N, H, W) bool, which pixels are left out, those of objects too.
+            masks: (N, H, W) bool, the objects' pixels. Images of background alone are allowed.
+            ignore: (N, H, W) bool, pixels that are left out, whether object or background.
 
         Raises:
             ConfigurationError: If masks are of another type or size.
         """
-        counts = pixel_counts(maps, masks, ignore, self.n_thresholds, self.normalization)
+        counts = pixel_average_precision_update(maps, masks, ignore, self.n_thresholds, self.normalization)
         self.counts += counts.to(self.counts.device)
 
     def compute(self) -> Tensor:
-        """Score all images.
+        """Compute the score of all images.
 
         Returns:
             () float32 in [0, 1]; NaN where no pixel belongs to an object.
         """
-        return average_precision(self.counts)
+        return pixel_average_precision_compute(self.counts)
 
     def _baselines(self) -> dict[str, Tensor]:
-        return {"uniform": average_precision(self.counts.sum(1, keepdim=True))}
+        return {"uniform": pixel_average_precision_compute(self.counts.sum(1, keepdim=True))}
 
 
 class PointingGame(LocalizationMetric):
-    """On what share of images the map's highest point lies on the object.
+    """Fraction of images whose map has its maximum on the object.
 
-    Its baseline is ``"center"``, the pixel in the image's middle as the point.
+    Its baseline is ``"center"``, the image's central pixel in place of the maximum.
 
     Args:
-        tolerance: How far from the object the point may lie: an int in pixels, a float as a share of the image's
-            shorter side. The default is the paper's 15 pixels at 224.
-        kwargs: torchmetrics' own options.
+        tolerance: The largest distance from the object that counts as a hit: an int in pixels, a float as a fraction
+            of the image's shorter side. The default is the paper's 15 pixels at 224.
+        kwargs: Options of ``torchmetrics.Metric``.
 
     Raises:
         ConfigurationError: If the tolerance is out of range.
@@ -251,7 +260,7 @@ class PointingGame(LocalizationMetric):
 
     rows: list[Tensor] | Tensor
 
-    def __init__(self, tolerance: int | float = TOLERANCE, **kwargs: Any) -> None:
+    def __init__(self, tolerance: int | float = DEFAULT_TOLERANCE, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.tolerance = check_tolerance(tolerance)
         self.add_state("rows", [], dist_reduce_fx="cat")
@@ -260,42 +269,42 @@ class PointingGame(LocalizationMetric):
         """Add images.
 
         Args:
-            maps: (N, H, W), floating. Of several highest points the first in reading order counts; a map without a
-                positive value is a miss.
+            maps: (N, H, W), floating. Of several maxima the first in reading order counts; a map without a positive
+                value is a miss.
             boxes: The objects' boxes, x1, y1, x2, y2 in the maps' pixels, maxima exclusive: (N, 4) or a list of N
                 tensors (M, 4), of which any may be hit; or their masks, (N, H, W) bool.
-            classes: int64 (N,), the class that each map is of: then the rates of the classes are averaged, as in the
-                paper. Either all batches have them or none.
+            classes: int64 (N,), the class that each map explains: then the rates of the classes are averaged, as in
+                the paper. They are given for all batches or for none.
 
         Raises:
             ConfigurationError: If boxes or masks are missing, empty, of another size or outside the image, or classes
-                are negative, of another number, or given for some batches alone.
+                are negative, of another number, or given for some batches only.
         """
-        rows = pointing_rows(maps, boxes, classes, self.tolerance)
-        before = _columns(self.rows, 3, self.device)[:1, 0]
-        if len(before) and len(rows) and bool(before < 0) != (classes is None):
-            raise ConfigurationError("classes must be given for all batches or for none, got both; reset() starts anew")
+        rows = pointing_game_update(maps, boxes, classes, self.tolerance)
+        first_class = _columns(self.rows, 3, self.device)[:1, 0]
+        if len(first_class) and len(rows) and bool(first_class < 0) != (classes is None):
+            raise ConfigurationError("classes must be given for all batches or for none, got both; call reset() first")
         _append(self.rows, rows, self.device)
 
     def compute(self) -> Tensor:
-        """Score all images.
+        """Compute the score of all images.
 
         Returns:
             () float32 in [0, 1]; NaN without images.
         """
-        return pointing_rate(_columns(self.rows, 3, self.device)[:, [0, 1]])
+        return pointing_game_compute(_columns(self.rows, 3, self.device)[:, [0, 1]])
 
     def _baselines(self) -> dict[str, Tensor]:
-        return {"center": pointing_rate(_columns(self.rows, 3, self.device)[:, [0, 2]])}
+        return {"center": pointing_game_compute(_columns(self.rows, 3, self.device)[:, [0, 2]])}
 
 
 class EnergyPointingGame(LocalizationMetric):
-    """What share of the maps' positive values lies on the objects, as the mean over images.
+    """Fraction of the maps' positive values that lies on the objects, as the mean over images.
 
-    Its baseline is ``"uniform"``, a map that is the same everywhere: the objects' share of the area.
+    Its baseline is ``"uniform"``, a constant map: the objects' fraction of the area.
 
     Args:
-        kwargs: torchmetrics' own options.
+        kwargs: Options of ``torchmetrics.Metric``.
 
     Example:
         >>> import torch
@@ -326,37 +335,26 @@ class EnergyPointingGame(LocalizationMetric):
         Raises:
             ConfigurationError: If boxes or masks are missing, empty, of another size or outside the image.
         """
-        _append(self.rows, energy_rows(maps, boxes), self.device)
+        _append(self.rows, energy_pointing_game_update(maps, boxes), self.device)
 
     def compute(self) -> Tensor:
-        """Score all images.
+        """Compute the score of all images.
 
         Returns:
             () float32 in [0, 1]; NaN without images.
         """
-        return self._mean(0)
+        return energy_pointing_game_compute(_columns(self.rows, 2, self.device)[:, 0])
 
     def _baselines(self) -> dict[str, Tensor]:
-        return {"uniform": self._mean(1)}
-
-    def _mean(self, column: int) -> Tensor:
-        # In double precision the order of the images, and so of the ranks, does not show.
-        return _columns(self.rows, 2, self.device)[:, column].cpu().double().mean().float().to(self.device)
+        return {"uniform": energy_pointing_game_compute(_columns(self.rows, 2, self.device)[:, 1])}
 
 
 def _append(state: Any, rows: Tensor, device: Any) -> None:
-    # Flat float32, because that is what torchmetrics puts in the place of a rank that saw no images.
+    # Flat float32, like the empty state that torchmetrics gathers from a rank without images.
     state.append(rows.to(device, torch.float32).flatten())
 
 
 def _columns(state: Any, columns: int, device: Any) -> Tensor:
-    """The rows of all batches; after synchronisation they are one tensor already."""
+    """The rows of all batches; after synchronisation the state is one tensor."""
     flat = state if isinstance(state, Tensor) else torch.cat([torch.zeros(0, device=device), *state])
     return flat.reshape(-1, columns)
-
-
-def _check_normalization(normalization: Any) -> Normalization:
-    if normalization not in ("relu_max", "min_max"):
-        raise ConfigurationError(f"normalization must be 'relu_max' or 'min_max', got {normalization!r}")
-    checked: Normalization = normalization
-    return checked

@@ -1,1 +1,1 @@
-"""Looking into one ``nn.Module``, and leaving it as it was."""
+"""Inspection of one ``nn.Module``, whose state is preserved. No Lightning."""

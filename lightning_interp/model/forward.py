@@ -1,4 +1,4 @@
-"""One recorded forward pass of a model, the tensors that it kept, and its gradients."""
+"""One recorded forward pass of a model: the tensors that it tapped, and their gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ContextFactory = Callable[[], AbstractContextManager[Any]]
 
 
 class ForwardPass:
-    """A forward pass that runs when the ``with`` block is entered, and what it leaves until the block is left.
+    """A forward pass that runs when the ``with`` block is entered, and whose tensors are kept until it is left.
 
     It runs under :func:`~lightning_interp.model.preserve.preserve_state`. No parameter takes part in the graph, which
     starts at the lowest tapped layer whose gradient is wanted, or at the images.
@@ -74,9 +74,9 @@ class ForwardPass:
         self._stack = ExitStack()
         self._kept: dict[HookPoint, list[Tensor]] = {}
         self._leaf: Tensor | None = None
-        self._outputs: list[Any] = []  # what the model returned and, once asked for, its logits
+        self._outputs: list[Any] = []  # the model's output and, once they are requested, its logits
         self._is_recording = False
-        self._attention_weights: list[Tensor] = []  # which ask for a gradient while the graph is made
+        self._attention_weights: list[Tensor] = []  # which require a gradient while the graph is built
         self._gradients: dict[object, dict[HookPoint | None, Tensor | None]] = {}
 
     def __enter__(self) -> ForwardPass:
@@ -101,12 +101,12 @@ class ForwardPass:
 
     @property
     def output(self) -> Any:
-        """What the model returned."""
+        """The model's output."""
         return self._outputs[0]
 
     @property
     def logits(self) -> Tensor:
-        """(N, K) the class scores in the output; an error only where they are asked for and it holds none."""
+        """(N, K) the class scores in the output; an output without them raises an error only here."""
         if len(self._outputs) == 1:
             logits = output_logits(self.output)
             if len(logits) != len(self.images):
@@ -118,11 +118,11 @@ class ForwardPass:
         return checked
 
     def tensor(self, point: HookPoint) -> Tensor:
-        """The tensor at a point, as the model has it."""
+        """Return the tensor at a point, in the model's layout."""
         return self._kept[point][self.call_number(point) if point.module is not None else 0]
 
     def call_number(self, point: HookPoint) -> int:
-        """Which call of the module or function is meant, counted from the first."""
+        """Return which call of the module or function a point is, counted from the first."""
         if point.module is None:
             return point.call_index
         calls = len(self._kept[point])
@@ -134,15 +134,15 @@ class ForwardPass:
             ) from None
 
     def gradient(self, scores: Callable[[], Tensor], key: object, point: HookPoint | None) -> Tensor:
-        """The gradient of the sum of scores, computed once for all tapped points, and kept until the block is left.
+        """Return the gradient of the sum of scores, computed once for all tapped points and then cached.
 
         Args:
             scores: Returns (N,) scores.
-            key: What the scores are remembered by.
+            key: The cache's key for these scores.
             point: The point, or None for the images.
 
         Returns:
-            A gradient like the tensor at the point.
+            The gradient, in the shape of the tensor at the point.
 
         Raises:
             ConfigurationError: If the pass was not opened for this gradient, or the scores do not depend on the point.
@@ -152,14 +152,14 @@ class ForwardPass:
         gradients = self._gradients[key]
         name = "the images" if point is None else f"the layer {point.name!r}"
         if point not in gradients:
-            raise ConfigurationError(f"this Trace was not opened for the gradient towards {name}")
+            raise ConfigurationError(f"this Trace was not opened for the gradient with respect to {name}")
         gradient = gradients[point]
         if gradient is None:
             raise ConfigurationError(f"the explained score does not depend on {name}; choose another layer")
         return gradient
 
     def _run(self) -> None:
-        images = self.images.detach().clone()  # the model may change its input in place
+        images = self.images.detach().clone()  # the model may modify its input in place
         if self._wants_inputs:
             self._leaf = images.requires_grad_()
             images = images.clone()
@@ -168,14 +168,14 @@ class ForwardPass:
         self._is_recording = True
         with torch.set_grad_enabled(self._wants_inputs or any(self._points.values())):
             self._outputs.append(run_model(self.model, images, self.predict))
-        # Checkpointed blocks run again in the backward pass: the taps must act there, too, but keep nothing.
+        # Checkpointed blocks run again in the backward pass, where taps must return the same but keep nothing.
         self._is_recording = False
         for point, tensors in self._kept.items():
             if not tensors:
                 raise never_ran(point)
 
     def _keep(self, points: list[HookPoint], tensor: Tensor) -> Tensor:
-        """Keep a tensor, and hand a clone on: what follows may overwrite it."""
+        """Keep a tensor, and return a clone, as later layers may overwrite it."""
         if not any(self._points[point] for point in points):
             if self._is_recording:
                 copy = tensor.detach().clone()
@@ -184,7 +184,7 @@ class ForwardPass:
             return tensor
         if not torch.is_grad_enabled():
             if not self._is_recording:
-                return tensor  # another pass, which asks for no gradient, while this one is open
+                return tensor  # another pass without gradients, while this one is open
             raise ConfigurationError(
                 f"the layer {points[0].name!r} runs without gradients inside the model's forward pass (torch.no_grad, "
                 "or checkpointing with use_reentrant=True); checkpoint with use_reentrant=False, or name another layer"
@@ -198,10 +198,10 @@ class ForwardPass:
         return kept.clone()
 
     def _begin_graph(self) -> None:
-        """Let attention's packed weights ask for a gradient, which is never computed.
+        """Let attention's packed weights require a gradient, which is never computed.
 
-        torch multiplies tokens that are laid out as (T, N, C) by a weight that asks for no gradient one position after
-        another, which takes three times as long.
+        torch multiplies tokens (T, N, C) by a weight without gradient position by position, which takes three times as
+        long.
         """
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             return  # autocast would keep a copy of the weight, with its graph
@@ -229,7 +229,7 @@ class ForwardPass:
             )
         with torch.enable_grad():
             try:
-                # The graph is kept: another monitor may explain other classes.
+                # The graph is retained, as another monitor may explain other classes.
                 gradients = torch.autograd.grad(
                     scores.sum(), list(inputs.values()), retain_graph=True, allow_unused=True
                 )
@@ -240,10 +240,10 @@ class ForwardPass:
         return dict(zip(inputs, gradients, strict=True))
 
     def _checkpoint_error(self, error: RuntimeError) -> ConfigurationError | None:
-        """What to say of checkpoints through which no gradient can be taken; None for other errors."""
+        """Return the error for checkpoints that do not support this gradient; None for other errors."""
         if "use_reentrant=True" in str(error) or "Checkpointing is not compatible" in str(error):
             return ConfigurationError(
-                "the model checkpoints with use_reentrant=True, through which no gradient can be asked for; "
+                "the model checkpoints with use_reentrant=True, which supports no gradient of a chosen tensor; "
                 "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
         functions = [point.name for point in self._points if point.module is None]

@@ -1,4 +1,4 @@
-"""The only place that registers hooks or function modes."""
+"""Hooks and function modes; no other file of the library registers any."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class HookPoint:
 
 
 class FunctionMode(TorchFunctionMode):
-    """Hand every call of a torch function to :meth:`call`. A base class.
+    """Base class whose :meth:`call` receives every call of a torch function.
 
     Example:
         >>> import torch
@@ -62,11 +62,11 @@ class FunctionMode(TorchFunctionMode):
 
 @contextmanager
 def tap(modules: Mapping[str, nn.Module], on_output: Callable[[str, nn.Module, Any], None]) -> Iterator[None]:
-    """Observe forward passes that run anyway; outputs are left as they are.
+    """Observe the outputs of modules in forward passes that run inside, without changing them.
 
     Args:
         modules: Named modules.
-        on_output: Called with a module's name, the module and its output, each time it ran.
+        on_output: Called with a module's name, the module and its output after each of its calls.
 
     Example:
         >>> import torch
@@ -88,11 +88,11 @@ def tap(modules: Mapping[str, nn.Module], on_output: Callable[[str, nn.Module, A
 
 @contextmanager
 def tap_points(points: Iterable[HookPoint], keep: Callable[[list[HookPoint], Tensor], Tensor]) -> Iterator[None]:
-    """Hand the tensors at points of a forward pass to a function, and its result on to the model.
+    """Pass the tensors at points of a forward pass to a function, and its results to the model.
 
     Args:
-        points: The points. Of a module every call is tapped, of a function the call that is meant.
-        keep: Takes the points at which a tensor stands and the tensor; returns what the model goes on with.
+        points: The points. All calls of a module are tapped, but only the given call of a function.
+        keep: Takes the points of a tensor and the tensor; returns the tensor that replaces it.
 
     Raises:
         ConfigurationError: While the model runs, if a module's output holds no tensor.
@@ -117,8 +117,8 @@ def replace(point: HookPoint, change: Callable[[Tensor], Tensor]) -> Iterator[No
     """Replace the tensor at a point, in forward passes that run inside.
 
     Args:
-        point: Where; a negative ``call_index`` stands for every call of the module.
-        change: From the tensor to the one that the model goes on with.
+        point: The point; ``call_index=-1`` means every call of the module.
+        change: Takes the tensor; returns the one that replaces it.
 
     Example:
         >>> import torch
@@ -140,7 +140,7 @@ def replace(point: HookPoint, change: Callable[[Tensor], Tensor]) -> Iterator[No
         yield
 
 
-class _Reached(Exception):  # noqa: N818 (no error: it ends a pass early)
+class _Reached(Exception):  # noqa: N818 (not an error: it ends a pass early)
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
         self.tensor = tensor
@@ -158,7 +158,7 @@ def run_until(model: nn.Module, images: Tensor, point: HookPoint) -> Tensor:
         The tensor.
 
     Raises:
-        ConfigurationError: If the pass never comes there.
+        ConfigurationError: If the pass does not reach the point.
 
     Example:
         >>> import torch
@@ -180,7 +180,7 @@ def run_until(model: nn.Module, images: Tensor, point: HookPoint) -> Tensor:
 
 
 def never_ran(point: HookPoint) -> ConfigurationError:
-    """The error of a point that a forward pass did not come to."""
+    """Return the error for a point that a forward pass did not reach."""
     return ConfigurationError(
         f"the layer {point.name!r} did not run in the model's forward pass; choose a layer that does"
     )
@@ -202,7 +202,7 @@ def _output_hook(
 
 
 class _FunctionInputs(FunctionMode):
-    """Tap the input of chosen function calls."""
+    """Tap the inputs of function calls."""
 
     def __init__(self, points: list[HookPoint], keep: Callable[[list[HookPoint], Tensor], Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Layers that keep their places in another order than (N, C, h, w): tokens, and channels that come last."""
+"""Layouts of activations other than (N, C, h, w): tokens and channels-last."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ __all__ = ["Layout", "layout_of", "on_grid", "to_grid"]
 
 Layout = Literal["channels_first", "channels_last"] | int | None
 
-_MOST_PREFIX_TOKENS = 16  # class, distillation and register tokens
+_MAX_PREFIX_TOKENS = 16  # class, distillation and register tokens
 
 
 def to_grid(activations: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Activations as (N, C, h, w), where they have places at all.
+    """Return activations as (N, C, h, w), where they are spatial.
 
     Args:
-        activations: (N, C, h, w), (N, h, w, C), or tokens (N, T, C) that start with those that have no place (class,
-            distillation, registers) and go on row by row.
-        image_size: (H, W) of the images, whose shape the grid has; where both (h, w) of (N, h, w, C) and the last two
-            dimensions have it, the last two are the grid.
+        activations: (N, C, h, w), (N, h, w, C), or tokens (N, T, C): first those without a position (class,
+            distillation, registers), then the others in row-major order.
+        image_size: (H, W) of the images, whose aspect ratio the grid has; where it fits both dimensions 1 and 2 and
+            dimensions 2 and 3, the latter are the grid.
 
     Returns:
-        A view (N, C, h, w); ``activations`` themselves where they fit none of these.
+        A view (N, C, h, w); ``activations`` themselves where they have none of these layouts.
 
     Example:
         >>> import torch
@@ -35,7 +35,7 @@ def to_grid(activations: Tensor, image_size: tuple[int, int]) -> Tensor:
 
 
 def on_grid(activations: Tensor, layout: Layout, image_size: tuple[int, int]) -> Tensor:
-    """Activations of a known layout as (N, C, h, w).
+    """Return activations of a known layout as (N, C, h, w).
 
     Example:
         >>> import torch
@@ -53,14 +53,14 @@ def on_grid(activations: Tensor, layout: Layout, image_size: tuple[int, int]) ->
 
 
 def layout_of(activations: Tensor, image_size: tuple[int, int]) -> Layout:
-    """How a layer keeps its places.
+    """Return the layout of activations.
 
     Args:
-        activations: What the layer gave.
+        activations: A layer's output.
         image_size: (H, W) of the images.
 
     Returns:
-        ``"channels_first"``, ``"channels_last"``, for tokens the number of those without a place, or None.
+        ``"channels_first"``, ``"channels_last"``, for tokens the number of those without a position, or None.
 
     Example:
         >>> import torch
@@ -73,30 +73,30 @@ def layout_of(activations: Tensor, image_size: tuple[int, int]) -> Layout:
         return "channels_last" if is_last else "channels_first"
     if activations.ndim != 3:
         return None
-    fitting = [
-        (_cuts_off(patch, image_size), shape[1] - grid)
+    candidates = [
+        (_leaves_border(patch, image_size), shape[1] - grid)
         for patch in range(1, min(height, width) + 1)
-        if 0 <= shape[1] - (grid := (height // patch) * (width // patch)) <= min(_MOST_PREFIX_TOKENS, grid - 1)
+        if 0 <= shape[1] - (grid := (height // patch) * (width // patch)) <= min(_MAX_PREFIX_TOKENS, grid - 1)
     ]
-    return min(fitting)[1] if fitting else None
+    return min(candidates)[1] if candidates else None
 
 
-def _is_grid(places: Sequence[int], image_size: tuple[int, int]) -> bool:
-    """Whether there are fewer places than pixels, as many along each side as its share, but for one."""
-    (rows, columns), (height, width) = places, image_size
+def _is_grid(shape: Sequence[int], image_size: tuple[int, int]) -> bool:
+    """Whether a shape is smaller than the image and of the same aspect ratio, up to one row or column."""
+    (rows, columns), (height, width) = shape, image_size
     return rows < height and columns < width and abs(rows * width - columns * height) <= max(height, width)
 
 
-def _cuts_off(patch: int, image_size: tuple[int, int]) -> bool:
-    """Whether patches of this side leave a part of the image over, as few models let them."""
+def _leaves_border(patch: int, image_size: tuple[int, int]) -> bool:
+    """Whether patches of this side do not cover the whole image, which few models allow."""
     return any(side % patch for side in image_size)
 
 
-def _grid(places: int, image_size: tuple[int, int]) -> tuple[int, int]:
-    """(h, w) of so many places, in the shape of the image."""
+def _grid(tokens: int, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Return (h, w) of the grid with this number of tokens."""
     height, width = image_size
     patches = range(min(height, width), 0, -1)
-    for patch in sorted(patches, key=lambda patch: _cuts_off(patch, image_size)):
-        if (height // patch) * (width // patch) == places:
+    for patch in sorted(patches, key=lambda patch: _leaves_border(patch, image_size)):
+        if (height // patch) * (width // patch) == tokens:
             return height // patch, width // patch
-    raise ValueError(f"{places} tokens do not fit images of {height} x {width}")
+    raise ValueError(f"{tokens} tokens do not fit images of {height} x {width}")

@@ -1,4 +1,4 @@
-"""From names to modules and back; the last spatial layer, the first convolution, the classifier's head."""
+"""Names and modules of layers; the last spatial layer, the first convolution, the classifier's head."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ __all__ = [
     "locate",
     "locate_features",
     "locate_last_convolution",
-    "original",
     "plain_name",
-    "structure_of",
+    "structure_key",
+    "unwrap_compiled",
 ]
 
 _ADVICE = "name a layer that gives (N, C, h, w) activations, or tokens, with layer=..."
 
 
-def original(module: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` wrapped, or the module itself."""
+def unwrap_compiled(module: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` wrapped, or the module itself."""
     inner = getattr(module, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else module
 
 
 def plain_name(name: str) -> str:
-    """A dotted name without the parts that ``torch.compile`` puts in."""
+    """Return a dotted name without the parts that ``torch.compile`` inserts."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def find_layer(model: nn.Module, layer: str | nn.Module) -> nn.Module:
-    """The submodule that a user means.
+    """Return a submodule, given by itself or by its dotted name.
 
     Args:
-        model: Where to look.
-        layer: A submodule of ``model`` or its dotted name; a compiled submodule stands for what it wraps.
+        model: The model.
+        layer: A submodule of ``model`` or its dotted name; for a compiled submodule the wrapped one is returned.
 
     Returns:
         The submodule.
 
     Raises:
-        ConfigurationError: If there is none; names that come near are suggested.
+        ConfigurationError: If there is none; the message suggests similar names.
 
     Example:
         >>> from torch import nn
@@ -64,7 +64,7 @@ def find_layer(model: nn.Module, layer: str | nn.Module) -> nn.Module:
         ReLU()
     """
     if isinstance(layer, nn.Module):
-        layer = original(layer)
+        layer = unwrap_compiled(layer)
         if not any(layer is module for module in model.modules()):
             raise ConfigurationError(
                 f"the layer {type(layer).__name__} is not part of {type(model).__name__}; pass a submodule of the "
@@ -73,7 +73,7 @@ def find_layer(model: nn.Module, layer: str | nn.Module) -> nn.Module:
         return layer
     if not isinstance(layer, str):
         raise ConfigurationError(f"a layer is a module or its dotted name, got {layer!r}")
-    modules = {plain_name(name): original(module) for name, module in model.named_modules() if name}
+    modules = {plain_name(name): unwrap_compiled(module) for name, module in model.named_modules() if name}
     if plain_name(layer) in modules:
         return modules[plain_name(layer)]
     near = _near_names(layer, list(modules))
@@ -82,7 +82,7 @@ def find_layer(model: nn.Module, layer: str | nn.Module) -> nn.Module:
 
 
 def layer_name(model: nn.Module, layer: nn.Module) -> str:
-    """The dotted name of a submodule, without the parts that ``torch.compile`` puts in.
+    """Return the dotted name of a submodule, without the parts that ``torch.compile`` inserts.
 
     Example:
         >>> from torch import nn
@@ -91,13 +91,13 @@ def layer_name(model: nn.Module, layer: nn.Module) -> str:
         '1'
     """
     for name, module in model.named_modules():
-        if original(module) is original(layer):
+        if unwrap_compiled(module) is unwrap_compiled(layer):
             return plain_name(name)
     raise ConfigurationError(f"the layer {type(layer).__name__} is not part of {type(model).__name__}")
 
 
 def first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d]:
-    """The first two-dimensional convolution in the order of definition: a ViT's patch embedding too.
+    """Return the first two-dimensional convolution in the order of definition, which may be a patch embedding.
 
     Returns:
         Its dotted name and the module.
@@ -120,15 +120,16 @@ def first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d]:
 
 
 def linear_heads(model: nn.Module) -> Iterator[nn.Linear]:
-    """All linear layers, the last one defined first: the classifier usually comes first."""
+    """Iterate over all linear layers in reverse order of definition: usually the classifier comes first."""
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return reversed(linears)
 
 
 def _near_names(name: str, names: list[str]) -> list[str]:
-    """Names that end in, or look like, ``name``."""
+    """Return up to three names that end in, or are similar to, ``name``."""
     ending = [candidate for candidate in names if candidate.endswith(f".{name}")]
-    return (ending + [near for near in difflib.get_close_matches(name, names, n=3) if near not in ending])[:3]
+    similar = difflib.get_close_matches(name, names, n=3)
+    return (ending + [candidate for candidate in similar if candidate not in ending])[:3]
 
 
 def _join(names: list[str]) -> str:
@@ -143,14 +144,14 @@ def locate(
     call_index: int = -1,
     predict: Predict | None = None,
 ) -> HookPoint:
-    """Find the tensor that a user means by ``layer``.
+    """Return the point whose tensor ``layer`` means.
 
     Args:
         model: The model.
         layer: A submodule or its dotted name, or None for the tensor that enters the final pooling or flattening; in
             a transformer with a class token, for the tokens that enter the last attention.
         images: (N, C, H, W): needed for None, where the first image is run through the model once.
-        call_index: Which call of the module is meant where it is used more than once.
+        call_index: Which call of the module is meant where it runs more than once.
         predict: How to run the model, ``predict(model, images)``; None calls it.
 
     Returns:
@@ -172,33 +173,33 @@ def locate(
         return HookPoint(layer_name(model, module), module, call_index=call_index)
     if images is None:
         raise ConfigurationError("to find the last spatial layer, locate needs images")
-    structure = (checked_images(images).shape[1:], structure_of(model))
-    if predict is None and (known := _remembered(model, structure)) is not None:
-        return known
-    watcher = _watched(model, images[:1], predict)
-    point = watcher.attended or watcher.found
+    structure = (checked_images(images).shape[1:], structure_key(model))
+    if predict is None and (cached := _cached_point(model, structure)) is not None:
+        return cached
+    watcher = _watch_pooling(model, images[:1], predict)
+    point = watcher.attention_input or watcher.features
     if point is None:
-        raise _nowhere(model)
+        raise _no_spatial_layer(model)
     if predict is None:
-        found = None if point.module is None else weakref.ref(point.module)
-        _last_spatial[model] = (structure, replace(point, module=None), found)
+        reference = None if point.module is None else weakref.ref(point.module)
+        _last_spatial[model] = (structure, replace(point, module=None), reference)
     return point
 
 
-def structure_of(model: nn.Module) -> tuple[Any, ...]:
-    """What decides the way through a model, as far as is seen: its modules, and the flags and names they show."""
-    seen: list[Any] = []
+def structure_key(model: nn.Module) -> tuple[Any, ...]:
+    """Return a key that changes with a model's modules, and with their public flags and strings."""
+    key: list[Any] = []
     for module in model.modules():
-        seen.append(id(module))
+        key.append(id(module))
         for name, value in module.__dict__.items():
-            # Private ones are the books that Lightning and metrics keep; the mode is always eval here.
+            # Private attributes are bookkeeping of Lightning and of metrics; the mode is always eval here.
             if type(value) in (bool, str) and name != "training" and not name.startswith("_"):
-                seen += [name, value]
-    return tuple(seen)
+                key += [name, value]
+    return tuple(key)
 
 
 def locate_features(model: nn.Module, images: Tensor) -> HookPoint:
-    """Find the tensor that enters the final pooling, flattening, or choice of the class token.
+    """Return the point of the tensor that enters the final pooling, flattening, or selection of the class token.
 
     Args:
         model: The model.
@@ -216,34 +217,34 @@ def locate_features(model: nn.Module, images: Tensor) -> HookPoint:
         >>> locate_features(model, torch.rand(1, 3, 8, 8)).name
         '1'
     """
-    found = _watched(model, images[:1], None).found
-    if found is None:
-        raise _nowhere(model)
-    return found
+    features = _watch_pooling(model, images[:1], None).features
+    if features is None:
+        raise _no_spatial_layer(model)
+    return features
 
 
-# Searching costs a forward pass of one image; the answer stays right while the model keeps its structure. With a
-# ``predict`` it is searched anew: most are made for one call, and may hold the model, which then would never be freed.
-# For the same reason the module of the point, which may know the model, is held weakly.
-_Known = tuple[Any, HookPoint, "weakref.ref[nn.Module] | None"]
-_last_spatial: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+# A search runs one image through the model; the result is valid while the model keeps its structure. With a ``predict``
+# it is not cached: most are made for a single call, and may reference the model, which then would never be freed. For
+# the same reason the point's module, which may reference the model, is held weakly.
+_Cached = tuple[Any, HookPoint, "weakref.ref[nn.Module] | None"]
+_last_spatial: weakref.WeakKeyDictionary[nn.Module, _Cached] = weakref.WeakKeyDictionary()
 
 
-def _remembered(model: nn.Module, structure: Any) -> HookPoint | None:
-    known, point, module = _last_spatial.get(model, (None, None, None))
-    if point is None or known != structure:
+def _cached_point(model: nn.Module, structure: Any) -> HookPoint | None:
+    cached_structure, point, reference = _last_spatial.get(model, (None, None, None))
+    if point is None or cached_structure != structure:
         return None
-    if module is None:
+    if reference is None:
         return point
-    alive = module()
-    return None if alive is None else replace(point, module=alive)
+    module = reference()
+    return None if module is None else replace(point, module=module)
 
 
 def locate_last_convolution(model: nn.Module, images: Tensor) -> HookPoint:
-    """Find what enters the last convolution: the features of a fully convolutional classifier.
+    """Return the point of the tensor that enters the last convolution: a fully convolutional classifier's features.
 
     Args:
-        model: The model, which has a convolution.
+        model: The model, with at least one convolution.
         images: (N, C, H, W); the first is run through the model once.
 
     Returns:
@@ -256,30 +257,31 @@ def locate_last_convolution(model: nn.Module, images: Tensor) -> HookPoint:
         'input of 2'
     """
     watcher = ConvolutionWatcher()
-    convolutions = {plain_name(name): each for name, each in model.named_modules() if isinstance(each, nn.Conv2d)}
+    convolutions = {plain_name(name): module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     with preserve_state(model), torch.no_grad(), tap(convolutions, watcher.on_output), watcher:
         run_model(model, images[:1].detach().clone(), None)
     return HookPoint(f"input of {watcher.layer}", function=watcher.function, call_index=watcher.calls - 1)
 
 
-def _nowhere(model: nn.Module) -> ConfigurationError:
+def _no_spatial_layer(model: nn.Module) -> ConfigurationError:
     return ConfigurationError(
         f"{type(model).__name__} has no spatial layer: no convolution's output enters a final pooling or "
         f"flattening; {_ADVICE}"
     )
 
 
-def _watched(model: nn.Module, images: Tensor, predict: Predict | None) -> PoolingWatcher:
+def _watch_pooling(model: nn.Module, images: Tensor, predict: Predict | None) -> PoolingWatcher:
     images = images.detach().clone()
     watcher = PoolingWatcher(images)
     modules = {
-        plain_name(name): each
-        for name, each in model.named_modules()
-        if name and original(each) is each and not isinstance(each, torch.jit.ScriptModule)  # which takes no hook
+        plain_name(name): module
+        for name, module in model.named_modules()
+        # Compiled wrappers return what the wrapped module does, and scripted modules take no hooks.
+        if name and unwrap_compiled(module) is module and not isinstance(module, torch.jit.ScriptModule)
     }
     with preserve_state(model), torch.no_grad(), tap(modules, watcher.on_output), watcher:
         output = run_model(model, images, predict)
-    if watcher.found is not None and (logits := _logits_in(output)) is not None and logits.ndim > 2:
+    if watcher.features is not None and (logits := _logits_in(output)) is not None and logits.ndim > 2:
         raise ConfigurationError(
             f"the output of {type(model).__name__} is itself spatial, {describe(logits)}, so there is no final pooling "
             f"to start from; {_ADVICE}"
@@ -291,4 +293,4 @@ def _logits_in(output: Any) -> Tensor | None:
     try:
         return output_logits(output)
     except ConfigurationError:
-        return None  # a callable may score what else it holds
+        return None  # a callable given as targets may score another output

@@ -1,4 +1,4 @@
-"""Running a model, and reading the class scores out of whatever it returns."""
+"""Run a model, and extract the class scores from its output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Predict = Callable[[nn.Module, Tensor], Any]
 
 
 def checked_images(images: Any) -> Tensor:
-    """The images, where they fit the contract; otherwise a :class:`ConfigurationError`."""
+    """Return images that fit the contract; otherwise raise a :class:`ConfigurationError`."""
     if not isinstance(images, Tensor) or images.ndim != 4 or 0 in images.shape or not images.is_floating_point():
         raise ConfigurationError(
             f"images are a floating tensor (N, C, H, W) with at least one image, got {describe(images)}"
@@ -25,13 +25,13 @@ def checked_images(images: Any) -> Tensor:
 
 
 def run_model(model: nn.Module, images: Tensor, predict: Predict | None) -> Any:
-    """The model's output, with a helpful error where it has no ``forward``."""
+    """Return the model's output; raise a :class:`ConfigurationError` where it has no ``forward``."""
     if predict is not None:
         return predict(model, images)
     try:
         return model(images)
     except NotImplementedError as error:
-        # torch's own placeholder raises it; so does Lightning's, which calls torch's.
+        # Raised by torch's placeholder, which Lightning's calls.
         if _has_forward(model):
             raise
         raise ConfigurationError(
@@ -46,44 +46,44 @@ def _has_forward(model: nn.Module) -> bool:
 
 
 def output_logits(output: Any) -> Tensor:
-    """The class scores (N, K) in whatever a model returned.
+    """Return the class scores (N, K) in a model's output.
 
     Args:
-        output: A tensor, a mapping or an object with ``logits``, or a tuple whose first tensor they are; one
-            logit an image may come as (N,).
+        output: A tensor, a mapping or an object with ``logits``, or a tuple whose first tensor they are; a single
+            logit for each image may be (N,).
 
     Returns:
-        The tensor.
+        (N, K).
 
     Raises:
-        ConfigurationError: If nothing like that is there.
+        ConfigurationError: If the output has none of these forms.
 
     Example:
         >>> import torch
         >>> output_logits({"logits": torch.zeros(2, 5), "features": torch.zeros(2, 8)}).shape
         torch.Size([2, 5])
     """
-    found: Any = output
+    logits: Any = output
     if isinstance(output, Mapping):
         tensors = [value for value in output.values() if isinstance(value, Tensor)]
         named = [output[name] for name in ("logits", "out", "output", "scores") if name in output]
-        found = named[0] if named else tensors[0] if len(tensors) == 1 else None
+        logits = named[0] if named else tensors[0] if len(tensors) == 1 else None
     elif not isinstance(output, Tensor) and hasattr(output, "logits"):
-        found = output.logits
+        logits = output.logits
     elif isinstance(output, (tuple, list)):
-        found = first_tensor(output)
-    if not isinstance(found, Tensor) or found.ndim == 0:
+        logits = first_tensor(output)
+    if not isinstance(logits, Tensor) or logits.ndim == 0:
         raise ConfigurationError(
             f"no logits found in the model's output, {describe(output)}; expected a tensor (N, K), a mapping or "
             "object with 'logits', or a tuple that starts with them; otherwise pass predict=lambda model, images: ..."
         )
-    return found[:, None] if found.ndim == 1 else found
+    return logits[:, None] if logits.ndim == 1 else logits
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """The tensor, or the first one in a tuple or list."""
+    """Return the tensor itself, or the first one in a tuple or list; None where there is none."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, (tuple, list)):
-        return next((each for each in output if isinstance(each, Tensor)), None)
+        return next((item for item in output if isinstance(item, Tensor)), None)
     return None

@@ -1,4 +1,4 @@
-"""The only place that saves and restores state: ``with preserve_state(module):``."""
+"""Save and restore the state of a module: ``with preserve_state(module):``."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lightning_interp.model.sharding import local_shard, reshard
 
 __all__ = ["isolate_rng", "preserve_state"]
 
-_guarded: ContextVar[frozenset[int]] = ContextVar("_guarded", default=frozenset())
+_preserved: ContextVar[frozenset[int]] = ContextVar("_preserved", default=frozenset())
 
-# What a module keeps in dictionaries: hooks of every kind, and the entries that could be rebound.
+# A module's dictionaries: hooks of every kind, and entries that could be rebound.
 _DICTIONARIES = {
     "_parameters",
     "_buffers",
@@ -37,23 +37,23 @@ _DICTIONARIES = {
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 }
-# FSDP2 adds its own to these at its first forward pass, which may be ours, and never again.
+# FSDP2 adds hooks to these in its first forward pass, which may run inside, and never again.
 _STATE_DICT_HOOKS = frozenset({"_state_dict_pre_hooks", "_load_state_dict_pre_hooks"})
 
 
 @contextmanager
 def preserve_state(module: nn.Module, *, parameters: bool = False) -> Iterator[None]:
-    """Explain a module inside, and find it afterwards as it was, on success and on error.
+    """Set a module up for inspection, and restore its state afterwards, on success and on error.
 
-    Inside, every submodule is in eval mode, no parameter requires a gradient and ``.grad`` is empty, gradients
-    are enabled even under ``no_grad`` and ``inference_mode``, compiled code runs eagerly, and ``self.log`` is
-    mute. Afterwards, these are what they were: each submodule's own mode, hooks and entries; ``requires_grad``
-    and ``.grad``; buffers; states of torchmetrics; the random streams of Python, NumPy, torch and CUDA.
-    Entering it again for a module that is already guarded costs nothing and does nothing.
+    Inside, every submodule is in eval mode, no parameter requires a gradient and ``.grad`` is None, gradients are
+    enabled even under ``no_grad`` and ``inference_mode``, compiled code runs eagerly, and ``self.log`` is disabled.
+    Restored are each submodule's mode, hooks, entries and attributes; ``requires_grad`` and ``.grad``; buffers; states
+    of torchmetrics; the random streams of Python, NumPy, torch and CUDA. Nested contexts for a module that is already
+    preserved, or is part of such a module, do nothing.
 
     Args:
-        module: The module that will be run, with all its submodules.
-        parameters: Also keep a copy of the parameters' values: for code that is not ours.
+        module: The module that runs inside, with all its submodules.
+        parameters: Whether the parameters' values are restored, too, which code of users may change.
 
     Example:
         >>> import torch
@@ -64,33 +64,33 @@ def preserve_state(module: nn.Module, *, parameters: bool = False) -> Iterator[N
         >>> (model.training, model[1].training, model[0].weight.requires_grad)
         (True, True, True)
     """
-    if id(module) in _guarded.get():  # and with it all that it holds
+    if id(module) in _preserved.get():  # with all its submodules
         yield
         return
     modules = list(module.modules())
     with ExitStack() as stack:
-        reshard(modules)  # the parameters that an optimiser knows, not those that a pass gathered
-        # Enter the contexts first: what is restored below must be restored under the caller's own grad mode.
-        token = _guarded.set(_guarded.get() | {id(each) for each in modules})
-        stack.callback(_guarded.reset, token)
+        reshard(modules)  # to the optimiser's parameters, instead of those that a pass gathered
+        token = _preserved.set(_preserved.get() | {id(submodule) for submodule in modules})
+        stack.callback(_preserved.reset, token)
         stack.enter_context(isolate_rng())
         for restore in _snapshots(modules, parameters):
             stack.callback(restore)
         stack.callback(reshard, modules)
+        # Entered after the callbacks, so that these run in the caller's grad mode.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for each in modules:
-            # Not .eval(): users override train() and eval(), and those may do more than set the flag.
-            if each.training:
-                each.training = False
-            if hasattr(type(each), "log") and hasattr(each, "_current_fx_name"):
-                _mute(each)
-        for each in modules:
-            # Made in validation, say: no gradient passes through such a tensor, and none may be changed in place.
-            for name, buffer in each._buffers.items():
+        for submodule in modules:
+            # Not .eval(), which users override, and which then may do more than set the flag.
+            if submodule.training:
+                submodule.training = False
+            if hasattr(type(submodule), "log") and hasattr(submodule, "_current_fx_name"):
+                _disable_logging(submodule)
+        for submodule in modules:
+            # Inference tensors, made in validation for example, take part in no graph and cannot be modified in place.
+            for name, buffer in submodule._buffers.items():
                 if buffer is not None and buffer.is_inference():
-                    each._buffers[name] = buffer.clone()
-        for parameter in _held(modules, "_parameters"):
+                    submodule._buffers[name] = buffer.clone()
+        for parameter in _entries(modules, "_parameters"):
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
             if parameter.grad is not None:
@@ -101,7 +101,7 @@ def preserve_state(module: nn.Module, *, parameters: bool = False) -> Iterator[N
 
 @contextmanager
 def isolate_rng() -> Iterator[None]:
-    """Give the global random streams of Python, NumPy, torch and CUDA back as they were, on errors too."""
+    """Restore the global random streams of Python, NumPy, torch and CUDA, on success and on error."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     try:
@@ -114,57 +114,61 @@ def isolate_rng() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def _held(modules: list[nn.Module], kind: Literal["_parameters", "_buffers"]) -> list[Any]:
-    """What modules hold themselves, each as often as it is held; quicker than to look for doubles."""
-    return [each for module in modules for each in getattr(module, kind).values() if each is not None]
+def _entries(modules: list[nn.Module], kind: Literal["_parameters", "_buffers"]) -> list[Any]:
+    """Return the entries of all modules; shared ones more than once, which is faster than to remove duplicates."""
+    return [entry for module in modules for entry in getattr(module, kind).values() if entry is not None]
 
 
 def _snapshots(modules: list[nn.Module], parameters: bool) -> Iterator[Callable[[], None]]:
-    """What puts each kind of state back."""
-    yield _keep_values(_held(modules, "_parameters") if parameters else [])
-    yield _keep_values(_held(modules, "_buffers"))
-    yield _keep_gradients(_held(modules, "_parameters"))
-    for each in modules:
-        if _is_metric(each):
-            yield _keep_metric(each)  # put back after the module's attributes, whose tensors it may change in place
-        yield _keep_module(each)
+    """Yield functions that restore the state, in the reverse order of their calls."""
+    yield _keep_values(_entries(modules, "_parameters") if parameters else [])
+    yield _keep_values(_entries(modules, "_buffers"))
+    yield _keep_gradients(_entries(modules, "_parameters"))
+    for module in modules:
+        if _is_metric(module):
+            yield _keep_metric(module)  # restored after its attributes, whose tensors it modifies in place
+        yield _keep_module(module)
 
 
 def _keep_module(module: nn.Module) -> Callable[[], None]:
-    own, training = module.__dict__, module.training  # which is no plain attribute of a scripted module
-    sharded = any(each is not None and local_shard(each) is not each for each in module._parameters.values())
-    names = _DICTIONARIES - _STATE_DICT_HOOKS if sharded else _DICTIONARIES
-    # Plain attributes, too: the mode, counters, and what a forward pass stashes, which would keep its graph alive.
-    attributes, identities = own.copy(), list(map(id, own.values()))
-    # A scripted module shows views of what it keeps, which nothing can be taken out of.
-    dictionaries: list[Any] = [each for each in map(own.get, names) if isinstance(each, (dict, set))]
-    empty = [each for each in dictionaries if not each]
-    full = [(each, each.copy()) for each in dictionaries if each]
+    attributes, training = module.__dict__, module.training  # which is no plain attribute of a scripted module
+    parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+    is_sharded = any(local_shard(parameter) is not parameter for parameter in parameters)
+    names = _DICTIONARIES - _STATE_DICT_HOOKS if is_sharded else _DICTIONARIES
+    # Plain attributes, too: counters, and tensors that a forward pass stores, which would keep its graph alive.
+    saved, identities = attributes.copy(), list(map(id, attributes.values()))
+    # The views of a scripted module are not dictionaries, and cannot be modified.
+    dictionaries: list[Any] = [entry for entry in map(attributes.get, names) if isinstance(entry, (dict, set))]
+    empty = [entries for entries in dictionaries if not entries]
+    filled = [(entries, entries.copy()) for entries in dictionaries if entries]
 
     def restore() -> None:
         if module.training is not training:
             module.training = training
-        if list(map(id, own.values())) != identities or own.keys() != attributes.keys():
-            for name in [each for each in own if each not in attributes]:
-                del own[name]
-            own.update(attributes)
+        if list(map(id, attributes.values())) != identities or attributes.keys() != saved.keys():
+            for name in [name for name in attributes if name not in saved]:
+                del attributes[name]
+            attributes.update(saved)
         if any(empty):
-            for now in empty:
-                now.clear()
-        for now, before in full:
-            # Compared by identity of the entries: comparing tensors would compare their values.
-            if list(now) != list(before) or any(now[key] is not before[key] for key in before if isinstance(now, dict)):
-                now.clear()
-                now.update(before)
+            for entries in empty:
+                entries.clear()
+        for entries, before in filled:
+            # Compared by identity, as == compares the values of tensors.
+            is_changed = list(entries) != list(before) or (
+                isinstance(entries, dict) and any(entries[key] is not before[key] for key in before)
+            )
+            if is_changed:
+                entries.clear()
+                entries.update(before)
 
     return restore
 
 
 def _keep_gradients(parameters: list[nn.Parameter]) -> Callable[[], None]:
-    kept = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
+    saved = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
 
     def restore() -> None:
-        for parameter, requires_grad, gradient in kept:
+        for parameter, requires_grad, gradient in saved:
             if parameter.requires_grad is not requires_grad:
                 parameter.requires_grad_(requires_grad)
             if parameter.grad is not gradient:
@@ -175,55 +179,55 @@ def _keep_gradients(parameters: list[nn.Parameter]) -> Callable[[], None]:
 
 @torch.no_grad()
 def _keep_values(tensors: list[Any]) -> Callable[[], None]:
-    kept = [(tensor, tensor.detach().clone()) for tensor in map(local_shard, tensors) if _has_values(tensor)]
+    saved = [(tensor, tensor.detach().clone()) for tensor in map(local_shard, tensors) if _has_values(tensor)]
 
     @torch.no_grad()
     def restore() -> None:
-        # Always: batch norm changes its statistics without counting a version. And through .data, which counts none
-        # either: a graph that waits for its backward pass may have saved the tensor.
-        for tensor, values in kept:
+        # Unconditionally, as batch norm updates its statistics without a new version of the tensor. Through .data,
+        # which leaves the version, too: the caller's graph may have saved the tensor for its backward pass.
+        for tensor, values in saved:
             tensor.data.copy_(values)
 
     return restore
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Lazy and meta tensors have nothing to keep; those made in inference mode cannot be changed in place."""
+    """Whether values can be saved: not those of lazy and meta tensors, nor of inference tensors, which are fixed."""
     return not torch.nn.parameter.is_lazy(tensor) and tensor.device.type != "meta" and not tensor.is_inference()
 
 
 def _is_metric(module: nn.Module) -> bool:
-    # Asked of the loaded modules, so that explaining a model without metrics never imports torchmetrics.
+    # Looked up in the loaded modules, so that torchmetrics is not imported for models without metrics.
     torchmetrics = sys.modules.get("torchmetrics")
     return torchmetrics is not None and isinstance(module, (torchmetrics.Metric, torchmetrics.MetricCollection))
 
 
 def _keep_metric(metric: nn.Module) -> Callable[[], None]:
-    """Its states, counters and caches are plain attributes."""
+    """Save a metric's states, counters and caches, which are plain attributes."""
 
     def copied(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.detach().clone()
         if type(value) is dict:
-            return {key: copied(each) for key, each in value.items()}
-        return [copied(each) for each in value] if isinstance(value, list) else value
+            return {key: copied(item) for key, item in value.items()}
+        return [copied(item) for item in value] if isinstance(value, list) else value
 
-    kept = {name: copied(value) for name, value in metric.__dict__.items() if name not in _DICTIONARIES}
-    return lambda: metric.__dict__.update(kept)
-
-
-def _mute(module: nn.Module) -> None:
-    """Make ``self.log`` and ``self.log_dict`` of a LightningModule say nothing, until its attributes are put back."""
-    module.__dict__.update(log=_say_nothing, log_dict=_say_nothing)
+    saved = {name: copied(value) for name, value in metric.__dict__.items() if name not in _DICTIONARIES}
+    return lambda: metric.__dict__.update(saved)
 
 
-def _say_nothing(*args: object, **kwargs: object) -> None:
+def _disable_logging(module: nn.Module) -> None:
+    """Disable ``self.log`` and ``self.log_dict`` of a LightningModule until its attributes are restored."""
+    module.__dict__.update(log=_do_nothing, log_dict=_do_nothing)
+
+
+def _do_nothing(*args: object, **kwargs: object) -> None:
     return None
 
 
 @contextmanager
 def _running_eagerly() -> Iterator[None]:
-    """Run compiled modules eagerly without a recompilation; free of charge where nothing was ever compiled."""
+    """Run compiled modules eagerly without a recompilation; at no cost where nothing was compiled."""
     if "torch._dynamo" not in sys.modules:
         yield
         return

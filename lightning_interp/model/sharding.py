@@ -1,4 +1,4 @@
-"""Parameters that are spread over processes: what must be done with them, by all processes together."""
+"""Sharded parameters, and the collective operations on them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["full_tensor", "is_sharded", "local_shard", "reset_fsdp_state", "resh
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, detached; every process must ask for the same tensors in the same order.
+    """Return the whole of a tensor, detached; a collective operation, so all ranks must call it in the same order.
 
     Args:
-        tensor: Any tensor; one that is sharded (a ``DTensor``) is put together, which takes its full size in memory.
+        tensor: Any tensor; a sharded one (a ``DTensor``) is all-gathered, which takes its full size in memory.
 
     Example:
         >>> full_tensor(torch.ones(2))
@@ -26,39 +26,39 @@ def full_tensor(tensor: Tensor) -> Tensor:
     if not _is_distributed(tensor):
         return tensor.detach()
     with torch.no_grad():
-        found: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
-    return found
+        full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return full
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, in its own memory; it may be empty."""
+    """Return this rank's shard of a tensor, which shares its memory and may be empty."""
     if not _is_distributed(tensor):
         return tensor
     with torch.no_grad():
-        found: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-    return found
+        shard: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return shard
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether all processes must take part in each of the module's forward passes; the same answer on all of them."""
+    """Whether the module's forward passes are collective operations; the same on all ranks."""
     return bool(_fully_sharded(module.modules())) or any(map(_is_distributed, module.parameters()))
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
-    """Give modules that FSDP2 left gathered their sharded parameters back; their next pass gathers them again."""
-    for each in _fully_sharded(modules):
-        each.reshard()
+    """Reshard the modules whose parameters FSDP2 left gathered; their next pass gathers them again."""
+    for module in _fully_sharded(modules):
+        module.reshard()
 
 
 def reset_fsdp_state(modules: Iterable[nn.Module]) -> None:
-    """Let FSDP2 forget a pass that an error ended half-way: on all processes, which else gather in different orders."""
-    for each in _fully_sharded(modules):
-        # Only the root knows of it, and only after its first pass; older releases of torch have nothing of the kind.
+    """Reset FSDP2's state of a pass that an error ended, on all ranks, which else would gather in different orders."""
+    for module in _fully_sharded(modules):
+        # Only a root has this state, and only after its first pass; older releases of torch have no such method.
         with suppress(RuntimeError, AttributeError):
-            each.reset_iter_state()
+            module.reset_iter_state()
 
 
-# Asked of the loaded modules, so that explaining an ordinary model imports nothing distributed.
+# Looked up in the loaded modules, so that nothing distributed is imported for ordinary models.
 
 
 def _is_distributed(tensor: Tensor) -> bool:
@@ -68,4 +68,4 @@ def _is_distributed(tensor: Tensor) -> bool:
 
 def _fully_sharded(modules: Iterable[nn.Module]) -> list[Any]:
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    return [] if kind is None else [each for each in modules if isinstance(each, kind)]
+    return [] if kind is None else [module for module in modules if isinstance(module, kind)]

@@ -1,4 +1,4 @@
-"""What is explained: classes, or whatever a callable makes of a model's output."""
+"""Targets of an explanation: classes, or a callable from a model's output to scores."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Targets = int | Tensor | Callable[[Any], Tensor] | None
 
 
 def as_targets(targets: Any) -> Targets:
-    """Targets as they are given, lists and arrays of classes as tensors.
+    """Return targets, with lists and arrays of classes as tensors.
 
     Raises:
-        ConfigurationError: If they are nothing of the kind.
+        ConfigurationError: If they are neither classes nor a callable.
 
     Example:
         >>> as_targets([2, 0])
@@ -38,7 +38,7 @@ def as_targets(targets: Any) -> Targets:
 
 
 def resolve_classes(targets: int | Tensor | None, logits: Tensor) -> Tensor:
-    """The class that is explained of each image.
+    """Return the target class of each image.
 
     Args:
         targets: A class for all images, int64 (N,) classes, or None for each image's predicted class.
@@ -60,41 +60,41 @@ def resolve_classes(targets: int | Tensor | None, logits: Tensor) -> Tensor:
             f"the model's output {tuple(logits.shape)} holds no class scores (N, K); pass targets as a callable from "
             "the output to scores (N,)"
         )
-    count, classes = logits.shape
+    count, n_classes = logits.shape
     if targets is None:
-        return (logits[:, 0] > 0).long() if classes == 1 else logits.argmax(1)
-    chosen = torch.as_tensor(targets, device=logits.device)
-    if chosen.is_inference():
-        chosen = chosen.clone()  # the gradient's graph takes no tensor that was made in inference mode
-    if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
-        raise ConfigurationError(f"targets are class numbers (int64), got {chosen.dtype}")
-    chosen = chosen.long().expand(count) if chosen.ndim == 0 else chosen.long()
-    if chosen.shape != (count,):
+        return (logits[:, 0] > 0).long() if n_classes == 1 else logits.argmax(1)
+    classes = torch.as_tensor(targets, device=logits.device)
+    if classes.is_inference():
+        classes = classes.clone()  # inference tensors cannot be saved for a backward pass
+    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+        raise ConfigurationError(f"targets are class numbers (int64), got {classes.dtype}")
+    classes = classes.long().expand(count) if classes.ndim == 0 else classes.long()
+    if classes.shape != (count,):
         raise ConfigurationError(
-            f"targets has shape {tuple(chosen.shape)}, expected one class for each of the {count} images"
+            f"targets has shape {tuple(classes.shape)}, expected one class for each of the {count} images"
         )
-    last = max(classes, 2) - 1
-    wrong = (chosen < 0) | (chosen > last)
-    if bool(wrong.any()):
+    last = max(n_classes, 2) - 1
+    is_out_of_range = (classes < 0) | (classes > last)
+    if bool(is_out_of_range.any()):
         raise ConfigurationError(
-            f"target {int(chosen[wrong][0])} is out of range; the model has the classes 0 to {last}"
+            f"target {int(classes[is_out_of_range][0])} is out of range; the model has the classes 0 to {last}"
         )
-    return chosen
+    return classes
 
 
 def target_scores(output: Any, targets: Tensor | Callable[[Any], Tensor], count: int) -> Tensor:
-    """What is explained of each image.
+    """Return the explained score of each image.
 
     Args:
-        output: What the model returned.
-        targets: int64 (N,) classes that fit it, or a callable from the output to scores (N,).
+        output: The model's output.
+        targets: int64 (N,) classes within its range, or a callable from the output to scores (N,).
         count: N.
 
     Returns:
         (N,) float32: the targets' logits, or the callable's scores.
 
     Raises:
-        ConfigurationError: If the callable gives anything else.
+        ConfigurationError: If the callable returns anything else.
 
     Example:
         >>> target_scores(torch.tensor([[0.5, 2.0], [3.0, 0.0]]), torch.tensor([1, 0]), 2)

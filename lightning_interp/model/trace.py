@@ -1,10 +1,11 @@
-"""What explainers are written against: a forward pass, seen for given targets."""
+"""The interface of explainers to a model: a forward pass and the targets of its explanation."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace as changed
+from dataclasses import replace as with_fields
 from typing import Any
 
 import torch
@@ -21,22 +22,24 @@ __all__ = ["LayerSpec", "Trace"]
 
 LayerSpec = str | nn.Module | None  # a dotted name, a module, or the last spatial layer
 
-_IMAGES_AT_ONCE = 16  # where an image must be run again for each of many tensors
+_MAX_COPIES = 16  # of an image in one pass, where it must be repeated for each of many tensors
+# RuntimeErrors by which a model refuses more tensors than images.
+_SHAPE_ERROR = re.compile("size|shape|batch|dimension", re.IGNORECASE)
 
 
 class Trace:
-    """A view of a forward pass for given targets. It lives no longer than the pass.
+    """A view of a forward pass for given targets, valid as long as the pass is open.
 
-    Gradients are computed when first asked for, of all tapped layers together, and kept with the pass.
+    Gradients are computed when one is first requested, for all tapped layers together, and cached in the pass.
 
     Args:
         forward_pass: The open pass.
-        targets: What is explained: a class for all images, int64 (N,) classes, a callable from the model's output to
+        targets: A class for all images, int64 (N,) classes, a callable from the model's output to
             scores (N,), or None for each image's predicted class.
-        layers: The hook points that layers given by name or module stand for.
+        layers: The hook points of layers given by name or module.
 
     Raises:
-        ConfigurationError: When they are first used, if the targets do not fit the output.
+        ConfigurationError: On first use of the targets, if they do not fit the output.
 
     Example:
         >>> import torch
@@ -58,7 +61,7 @@ class Trace:
     @classmethod
     @contextmanager
     def record(cls, model: nn.Module, images: Tensor, targets: Targets = None, **options: Any) -> Iterator[Trace]:
-        """Run a forward pass, and give its Trace.
+        """Run a forward pass, and yield its Trace.
 
         Args:
             model: The module to run.
@@ -83,7 +86,7 @@ class Trace:
 
     @property
     def predict(self) -> Predict | None:
-        """How the model is run; None: called."""
+        """How the model is run; None: it is called."""
         return self._pass.predict
 
     @property
@@ -93,17 +96,17 @@ class Trace:
 
     @property
     def context(self) -> ContextFactory | None:
-        """What made the context that the pass ran in."""
+        """The factory of the context in which the pass ran."""
         return self._pass.context
 
     @property
     def mode(self) -> Any:
-        """What entering that context returned."""
+        """The value that entering the context returned."""
         return self._pass.mode
 
     @property
     def output(self) -> Any:
-        """What the model returned."""
+        """The model's output."""
         return self._pass.output
 
     @property
@@ -115,7 +118,7 @@ class Trace:
 
     @property
     def targets(self) -> Tensor | Callable[[Any], Tensor]:
-        """What is explained: int64 (N,) classes on the logits' device, or the callable that was given."""
+        """The targets: int64 (N,) classes on the logits' device, or the callable."""
         return self.resolve_targets(self.requested_targets)
 
     @property
@@ -124,23 +127,23 @@ class Trace:
         return target_scores(self.output, self.targets, len(self.images))
 
     def resolve_targets(self, targets: Targets) -> Tensor | Callable[[Any], Tensor]:
-        """The given targets as int64 (N,), checked against the logits; a callable stays what it is."""
+        """Return targets as int64 (N,), checked against the logits; a callable as it is."""
         return targets if callable(targets) else resolve_classes(targets, self.logits)
 
     def with_targets(self, targets: Targets) -> Trace:
-        """The same pass, seen for other targets."""
+        """Return a view of the same pass for other targets."""
         return Trace(self._pass, targets, self._layers)
 
     # ---- Other passes.
 
     @contextmanager
     def on_images(self, images: Tensor, rows: Tensor | None = None, *, input_gradients: bool = True) -> Iterator[Trace]:
-        """Run another pass, at changed images with the same targets.
+        """Run another pass on perturbed images with the same targets.
 
         Args:
-            images: (M, C, H, W) the changed images.
-            rows: int64 (M,) which of this pass's images each was made of, whose target it keeps; None: all, in order.
-            input_gradients: Whether the gradient with respect to them is wanted.
+            images: (M, C, H, W) the perturbed images.
+            rows: int64 (M,) the index of the image whose target each of them has; None: all, in order.
+            input_gradients: Whether the gradient with respect to them is computed.
         """
         targets = self.targets
         if rows is not None and not callable(targets):
@@ -151,7 +154,7 @@ class Trace:
 
     @contextmanager
     def rerun_in(self, context: ContextFactory, *, input_gradients: bool = False) -> Iterator[Trace]:
-        """Run the same pass once more in another context, which must leave the model's output as it is."""
+        """Run the same pass once more in another context, which must not change the model's output."""
         options = {"input_gradients": input_gradients, "predict": self.predict, "first_index": self.first_index}
         with Trace.record(self.model, self.images, self.requested_targets, context=context, **options) as trace:
             yield trace
@@ -159,7 +162,7 @@ class Trace:
     # ---- Layers.
 
     def layer(self, spec: LayerSpec = None) -> HookPoint:
-        """The hook point of a layer that this Trace was made for.
+        """Return the hook point of a layer that this Trace was made for.
 
         Args:
             spec: A dotted name, a module, or None for the last spatial layer.
@@ -172,41 +175,41 @@ class Trace:
         return self._layers[spec]
 
     def activations(self, layer: HookPoint) -> Tensor:
-        """The layer's output, detached, in its own dtype: (N, C, h, w) where it is spatial, tokens included."""
+        """Return the layer's output, detached, in its dtype: (N, C, h, w) where it is spatial, also for tokens."""
         return self._as_grid(layer, self.raw_activations(layer))
 
     def gradients(self, layer: HookPoint) -> Tensor:
-        """The gradient of each image's score with respect to the layer's output, laid out like :meth:`activations`."""
+        """Return the gradient of each image's score with respect to :meth:`activations`, in their layout."""
         return self._as_grid(layer, self._gradient(layer))
 
     def input_gradients(self) -> Tensor:
-        """The gradient of each image's score with respect to the image, (N, C, H, W)."""
+        """Return the gradient of each image's score with respect to the image, (N, C, H, W)."""
         return self._gradient(None)
 
     def raw_activations(self, layer: HookPoint) -> Tensor:
-        """The layer's output, detached, as the model has it: tokens as (N, T, C), channels where they are."""
+        """Return the layer's output, detached, in the model's layout, such as tokens (N, T, C)."""
         return self._pass.tensor(layer).detach()
 
     def scores_with_patched(self, layer: HookPoint, tensors: Tensor, row: int) -> Tensor:
-        """The scores of one image where other tensors replace a layer's output, without a graph.
+        """Return the scores of one image with other tensors as a layer's output, without a graph.
 
-        What comes before the layer runs once, for the one image; where the model does not take many tensors for one
-        image, as often as there are tensors.
+        The preceding layers run once, on the one image; where the model does not accept more tensors than images, on
+        as many copies of it.
 
         Args:
             layer: The layer.
-            tensors: (K, ...) laid out as :meth:`raw_activations`; not changed.
+            tensors: (K, ...) in the layout of :meth:`raw_activations`; not modified.
             row: The index of the image.
 
         Returns:
             (K,) float32.
         """
-        point = changed(layer, call_index=self._pass.call_number(layer))
+        point = with_fields(layer, call_index=self._pass.call_number(layer))
         image, count = self.images[row : row + 1].detach(), len(tensors)
         targets = self.targets
 
         def scores(images: Tensor, patches: Tensor) -> Tensor:
-            # The model may change in place what passes, and its images.
+            # The model may modify activations and images in place.
             with torch.no_grad(), replace(point, lambda tensor: patches.clone()):
                 output = run_model(self.model, images.clone(), self.predict)
             if not callable(targets) and len(output_logits(output)) != len(patches):
@@ -221,9 +224,12 @@ class Trace:
                 return scores(image, tensors)
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, ConfigurationError):
-                pass  # a model that counts its images refuses more tensors than images by one of these
-        parts = torch.split(tensors, _IMAGES_AT_ONCE)
+            except ConfigurationError:
+                pass  # one output, as there is one image
+            except RuntimeError as error:
+                if not _SHAPE_ERROR.search(str(error)):
+                    raise
+        parts = torch.split(tensors, _MAX_COPIES)
         return torch.cat([scores(image.expand(len(part), -1, -1, -1), part) for part in parts])
 
     def _as_grid(self, layer: HookPoint, tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What weights look like."""
+"""Histograms and norms of weights and gradients."""
 
 from lightning_interp.weights.histograms import BinCounts, Histograms, histograms
 from lightning_interp.weights.norms import Layers, check_order, parameter_norms

@@ -1,4 +1,4 @@
-"""Norms of layers, many tensors at once."""
+"""Norms of layers, for many tensors at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_interp.errors import ConfigurationError
+from lightning_interp.checks import check_number
 from lightning_interp.model.locate import plain_name
 from lightning_interp.model.sharding import full_tensor, local_shard
 
@@ -17,7 +17,7 @@ __all__ = ["Layers", "check_order", "parameter_norms"]
 
 
 def check_order(order: object) -> float:
-    """A norm's order as a float.
+    """Return the order of a norm as a float.
 
     Raises:
         ConfigurationError: If it is not a number of at least 1, or infinity.
@@ -26,18 +26,17 @@ def check_order(order: object) -> float:
         >>> check_order(2)
         2.0
     """
-    if isinstance(order, bool) or not isinstance(order, (int, float)) or not order >= 1:
-        raise ConfigurationError(f"ord takes a norm's order, a number of at least 1 or float('inf'), got {order!r}")
-    return float(order)
+    takes = "a norm's order, a number of at least 1 or float('inf')"
+    return check_number("ord", order, takes, lambda number: number >= 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """Which parameters make up which layer.
+    """The layers of a module, and the layer of each parameter.
 
     Args:
-        names: The layers' dotted names, in order of definition; a module's own parameters are one layer.
-        of_parameter: The layer's number for each parameter's name.
+        names: The layers' dotted names, in order of definition; a layer is a module with direct parameters.
+        of_parameter: The layer's index for each parameter's name.
 
     Example:
         >>> layers = Layers.of(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)))
@@ -50,7 +49,7 @@ class Layers:
 
     @classmethod
     def of(cls, module: nn.Module) -> Layers:
-        """The layers of a module that own parameters."""
+        """Return the layers of a module that have direct parameters."""
         names: dict[str, int] = {}
         of_parameter = {}
         for name, _ in module.named_parameters():
@@ -60,15 +59,15 @@ class Layers:
 
     @torch.no_grad()
     def combine(self, norms: Mapping[str, Tensor], order: float = 2.0) -> Tensor:
-        """The norm of each layer's parameters taken together, and of all.
+        """Combine the norms of parameters to those of layers, and of all parameters.
 
         Args:
-            norms: For parameters' names their norm (), see :func:`parameter_norms`; all of one order.
+            norms: The norm () of each named parameter, see :func:`parameter_norms`; all of one order.
             order: The order.
 
         Returns:
-            (L + 1,) float32 on the first norm's device, without waiting for it: the layers, then the total; 0 for a
-            layer of which nothing is given.
+            (L + 1,) float32 on the first norm's device, without synchronising with it: the layers, then the total; 0
+            for a layer without any of these parameters.
 
         Example:
             >>> layers = Layers.of(nn.Linear(1, 1))
@@ -78,12 +77,12 @@ class Layers:
         if not norms:
             return torch.zeros(len(self.names) + 1)
         device = next(iter(norms.values())).device
-        parts = torch.stack([each.to(device) for each in norms.values()])
+        parts = torch.stack([norm.to(device) for norm in norms.values()])
         index = torch.tensor([self.of_parameter[name] for name in norms], device=device)
         layers = parts.new_zeros(len(self.names))
         if math.isinf(order):
             return torch.cat([layers.scatter_reduce(0, index, parts, "amax"), parts.amax()[None]])
-        # In double precision the powers of float32 norms neither vanish nor overflow.
+        # In double precision the powers of float32 norms neither underflow nor overflow.
         powers = parts.double() ** order
         sums = torch.cat([layers.double().index_add(0, index, powers), powers.sum()[None]])
         return (sums ** (1 / order)).float()
@@ -91,33 +90,35 @@ class Layers:
 
 @torch.no_grad()
 def parameter_norms(tensors: Mapping[str, Tensor], order: float = 2.0) -> dict[str, Tensor]:
-    """The norm of each tensor, as few kernels as there are kinds of tensors.
+    """Compute the norm of each tensor, with one kernel for all tensors of a dtype and device.
 
     Args:
         tensors: Named tensors of any shape and real dtype, on any devices; empty ones are left out. Sharded ones are
-            put together, one at a time: every process must ask for the same.
+            gathered, one at a time: a collective, which every process must call for the same tensors.
         order: The norm's order, at least 1, or infinity.
 
     Returns:
-        For each name a norm (), float32 on the tensor's device, without waiting for it. It is summed in float32 (half
-        precision too), where norms below about 1e-22 are 0 and those above 1e19 infinite.
+        For each name a norm (), float32 on the tensor's device, without synchronising with it. It is accumulated in
+        float32 (half precision too), in which norms below about 1e-22 are 0 and those above 1e19 infinite.
 
     Example:
         >>> parameter_norms({"weight": torch.tensor([3.0, 4.0])})
         {'weight': tensor(5.)}
     """
-    kept = {name: tensor.detach() for name, tensor in tensors.items() if tensor.numel() > 0}
-    if not kept:
+    non_empty = {name: tensor.detach() for name, tensor in tensors.items() if tensor.numel() > 0}
+    if not non_empty:
         return {}
-    sharded = [name for name, tensor in kept.items() if local_shard(tensor) is not tensor]
+    sharded = [name for name, tensor in non_empty.items() if local_shard(tensor) is not tensor]
     if sharded:
-        norms = parameter_norms({name: tensor for name, tensor in kept.items() if name not in sharded}, order)
+        by_name = parameter_norms({name: tensor for name, tensor in non_empty.items() if name not in sharded}, order)
         for name in sharded:
-            norms |= parameter_norms({name: full_tensor(kept[name])}, order)
-        return {name: norms[name] for name in kept}
-    values = [each if each.dtype in (torch.float32, torch.float64) else each.float() for each in kept.values()]
+            by_name |= parameter_norms({name: full_tensor(non_empty[name])}, order)
+        return {name: by_name[name] for name in non_empty}
+    values = [
+        tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float() for tensor in non_empty.values()
+    ]
     if order in (1.0, 2.0) or math.isinf(order):
-        found = list(torch._foreach_norm(values, order))
+        norms = list(torch._foreach_norm(values, order))
     else:
-        found = [torch.linalg.vector_norm(value, order) for value in values]
-    return {name: each.float() for name, each in zip(kept, found, strict=True)}
+        norms = [torch.linalg.vector_norm(value, order) for value in values]
+    return {name: norm.float() for name, norm in zip(non_empty, norms, strict=True)}

@@ -34,11 +34,11 @@ def package(request: pytest.FixtureRequest) -> Any:
     return pytest.importorskip(request.param)
 
 
-class Looks(_lightning.Callback):
-    """What stands at each training batch, and the rates that its step is made with."""
+class StepRecorder(_lightning.Callback):
+    """Record the state after each training batch, and the learning rates of its step."""
 
     def __init__(self) -> None:
-        self.seen: list[dict[str, Any]] = []
+        self.steps: list[dict[str, Any]] = []
         self.rates = (0.0, 0.0)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -46,60 +46,60 @@ class Looks(_lightning.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         model = pl_module.model
-        self.seen.append(
+        self.steps.append(
             {
                 "epoch": trainer.current_epoch,
-                "weights": {name: each.detach().clone() for name, each in model.named_parameters()},
-                "buffers": {name: each.clone() for name, each in model.named_buffers()},
-                "requires_grad": {name: each.requires_grad for name, each in model.named_parameters()},
-                "modes": {name: each.training for name, each in model.named_modules()},
+                "weights": {name: parameter.detach().clone() for name, parameter in model.named_parameters()},
+                "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
+                "requires_grad": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+                "modes": {name: submodule.training for name, submodule in model.named_modules()},
                 "rates": self.rates,
             }
         )
 
 
 def moved(before: dict[str, Any], after: dict[str, Any], what: str = "weights") -> set[str]:
-    return {name for name, each in before[what].items() if not torch.equal(each, after[what][name])}
+    return {name for name, tensor in before[what].items() if not torch.equal(tensor, after[what][name])}
 
 
 def params(module: Any) -> Any:
     return module.parameters()
 
 
-# The swap
+# Replacing the classifier
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
 def test_every_stage_swaps_the_classifier_once(package: Any, stage: str) -> None:
     module = tiny(package)
     given = module.model
-    asked = callback(num_classes=4)
-    trainer = make_trainer([asked], package=package, max_epochs=1)
+    finetuning = callback(num_classes=4)
+    trainer = make_trainer([finetuning], package=package, max_epochs=1)
     data = loader(dataset(8))
     getattr(trainer, stage)(module, data)
-    swapped = module.model
-    assert isinstance(swapped, GAPClassifier)
+    adapted = module.model
+    assert isinstance(adapted, GAPClassifier)
     assert module.eval()(torch.rand(2, *SHAPE[1:])).shape == (2, 4)
     assert given.training
-    assert given is not swapped
-    assert all(each.requires_grad for each in swapped.parameters()), "left as it was set"
+    assert given is not adapted
+    assert all(parameter.requires_grad for parameter in adapted.parameters()), "left as it was set"
     for next_stage in ("validate", "test", "predict"):
         getattr(make_trainer([callback(num_classes=4)], package=package), next_stage)(module, data)
-        assert module.model is swapped
-    assert isinstance(asked, package.callbacks.BaseFinetuning)
+        assert module.model is adapted
+    assert isinstance(finetuning, package.callbacks.BaseFinetuning)
 
 
 def test_optimizers_and_module_setup_see_the_swapped_classifier(package: Any) -> None:
-    seen = []
+    classifier_types = []
 
     def configure(module: Any) -> Any:
-        seen.append(type(module.model))
+        classifier_types.append(type(module.model))
         return SGD(module.parameters(), 0.1)
 
     module = tiny(package, configure)
-    module.setup = lambda stage: seen.append(type(module.model))
+    module.setup = lambda stage: classifier_types.append(type(module.model))
     fit([callback()], module, package=package, max_epochs=1)
-    assert seen == [GAPClassifier, GAPClassifier]
+    assert classifier_types == [GAPClassifier, GAPClassifier]
 
 
 def test_a_dotted_attribute_and_a_second_callback(package: Any) -> None:
@@ -132,15 +132,15 @@ def test_adapting_draws_what_from_classifier_draws() -> None:
     seed(5)
     callback(num_classes=4).setup(make_trainer(), second, "fit")
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(each, second.model.state_dict()[name]) for name, each in expected.items())
+    assert all(torch.equal(tensor, second.model.state_dict()[name]) for name, tensor in expected.items())
 
 
 def test_a_gap_classifier_of_the_users_stays_unless_other_classes_are_asked() -> None:
     module = tiny(pl)
-    mine = module.model = GAPClassifier.from_classifier(module.model, 4, sample=torch.zeros(SHAPE))
-    for asked in (callback(), callback(num_classes=4)):
-        asked.setup(make_trainer(), module, "validate")
-        assert module.model is mine
+    classifier = module.model = GAPClassifier.from_classifier(module.model, 4, sample=torch.zeros(SHAPE))
+    for finetuning in (callback(), callback(num_classes=4)):
+        finetuning.setup(make_trainer(), module, "validate")
+        assert module.model is classifier
     callback(num_classes=6).setup(make_trainer(), module, "validate")
     assert module.model.head.out_features == 6
 
@@ -152,58 +152,58 @@ def test_the_summary_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
         logging.getLogger("pytorch_lightning").setLevel(logging.INFO)
         for _ in range(2):
             callback(num_classes=4).setup(make_trainer(), module, "validate")
-    said = [each.message for each in caplog.records if each.message.startswith("GAPHeadFinetuning:")]
-    assert len(said) == 1, name
-    assert "a new head of 4 classes" in said[0]
+    messages = [record.message for record in caplog.records if record.message.startswith("GAPHeadFinetuning:")]
+    assert len(messages) == 1, name
+    assert "a new head of 4 classes" in messages[0]
 
 
 # Freezing and unfreezing
 
 
 def test_the_backbone_rests_and_then_trains(package: Any) -> None:
-    looks = Looks()
+    recorder = StepRecorder()
     module = tiny(package)
-    fit([callback(num_classes=3, unfreeze_at_epoch=2), looks], module, package=package, max_epochs=3)
-    first = looks.seen[0]
-    last_frozen = [each for each in looks.seen if each["epoch"] == 1][-1]
+    fit([callback(num_classes=3, unfreeze_at_epoch=2), recorder], module, package=package, max_epochs=3)
+    first = recorder.steps[0]
+    last_frozen = [step for step in recorder.steps if step["epoch"] == 1][-1]
     assert moved(first, last_frozen) == {"head.weight", "head.bias"}
-    assert not moved(first, last_frozen, "buffers"), "batch norm's statistics rest too"
-    assert moved(last_frozen, looks.seen[-1]) == set(first["weights"])
-    assert moved(last_frozen, looks.seen[-1], "buffers")
-    norms = {name for name, each in module.model.named_modules() if isinstance(each, nn.BatchNorm2d)}
+    assert not moved(first, last_frozen, "buffers"), "batch norm's statistics are frozen too"
+    assert moved(last_frozen, recorder.steps[-1]) == set(first["weights"])
+    assert moved(last_frozen, recorder.steps[-1], "buffers")
+    norms = {name for name, submodule in module.model.named_modules() if isinstance(submodule, nn.BatchNorm2d)}
     assert norms
-    for seen in looks.seen:
-        frozen = seen["epoch"] < 2
-        assert {name for name, mode in seen["modes"].items() if not mode} == (norms if frozen else set())
-        backbone = {name: each for name, each in seen["requires_grad"].items() if name.startswith("features")}
-        assert set(backbone.values()) == {not frozen}
+    for step in recorder.steps:
+        frozen = step["epoch"] < 2
+        assert {name for name, mode in step["modes"].items() if not mode} == (norms if frozen else set())
+        backbone = {flag for name, flag in step["requires_grad"].items() if name.startswith("features")}
+        assert backbone == {not frozen}
 
 
 @pytest.mark.parametrize(("at", "frozen"), [(0, 0), (1, 1), (None, 3), (7, 3)])
 def test_when_it_unfreezes(at: int | None, frozen: int) -> None:
-    looks = Looks()
+    recorder = StepRecorder()
     module = tiny(pl)
     module.model[1].eval()
-    for each in module.model[0].parameters():
-        each.requires_grad_(False)
-    fit([callback(num_classes=3, unfreeze_at_epoch=at), looks], module, max_epochs=3)
-    for seen in looks.seen:
-        wants = [each for name, each in seen["requires_grad"].items() if name.startswith("features")]
-        assert any(wants) is (seen["epoch"] >= frozen)
+    for parameter in module.model[0].parameters():
+        parameter.requires_grad_(False)
+    fit([callback(num_classes=3, unfreeze_at_epoch=at), recorder], module, max_epochs=3)
+    for step in recorder.steps:
+        wants = [requires_grad for name, requires_grad in step["requires_grad"].items() if name.startswith("features")]
+        assert any(wants) is (step["epoch"] >= frozen)
         assert sum(wants) in (0, 4), "the user's frozen convolution stays frozen"
-    found = [each for each in module.model.modules() if isinstance(each, nn.BatchNorm2d)]
-    assert [each.training for each in found] == [False], "the user had it in eval mode"
-    assert sum(not each.requires_grad for each in module.parameters()) == 1
-    assert not moved(looks.seen[0], looks.seen[-1], "buffers")
+    norms = [submodule for submodule in module.model.modules() if isinstance(submodule, nn.BatchNorm2d)]
+    assert [norm.training for norm in norms] == [False], "the user had it in eval mode"
+    assert sum(not parameter.requires_grad for parameter in module.parameters()) == 1
+    assert not moved(recorder.steps[0], recorder.steps[-1], "buffers")
 
 
 def test_a_module_that_calls_train_leaves_the_batch_norms_held() -> None:
-    looks = Looks()
+    recorder = StepRecorder()
     module = tiny(pl)
     module.on_train_epoch_start = module.train
-    fit([callback(num_classes=3, unfreeze_at_epoch=None), looks], module, max_epochs=2)
-    assert not moved(looks.seen[0], looks.seen[-1], "buffers")
-    assert all(each.training for each in module.model.modules())
+    fit([callback(num_classes=3, unfreeze_at_epoch=None), recorder], module, max_epochs=2)
+    assert not moved(recorder.steps[0], recorder.steps[-1], "buffers")
+    assert all(submodule.training for submodule in module.model.modules())
 
 
 def test_an_interrupted_run_leaves_the_module_as_it_was_set() -> None:
@@ -213,18 +213,18 @@ def test_an_interrupted_run_leaves_the_module_as_it_was_set() -> None:
         raise ValueError("enough")
 
     module.on_train_batch_end = fail
-    asked = callback(num_classes=3)
+    finetuning = callback(num_classes=3)
     with pytest.raises(ValueError, match="enough"):
-        fit([asked], module)
-    assert all(each.requires_grad for each in module.parameters())
-    assert all(each.training for each in module.modules())
+        fit([finetuning], module)
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    assert all(submodule.training for submodule in module.modules())
 
 
 def test_the_added_convolution_trains_with_the_head() -> None:
-    looks = Looks()
+    recorder = StepRecorder()
     module = tiny(pl)
-    fit([callback(num_classes=3, conv_channels=5, unfreeze_at_epoch=None), looks], module, max_epochs=2)
-    assert moved(looks.seen[0], looks.seen[-1]) == {
+    fit([callback(num_classes=3, conv_channels=5, unfreeze_at_epoch=None), recorder], module, max_epochs=2)
+    assert moved(recorder.steps[0], recorder.steps[-1]) == {
         *("head.weight", "head.bias", "features.1.weight", "features.1.bias"),
     }
     before = module.model
@@ -233,23 +233,23 @@ def test_the_added_convolution_trains_with_the_head() -> None:
 
 
 def test_a_second_fit_goes_on_and_a_new_callback_freezes_again() -> None:
-    module, looks = tiny(pl), Looks()
+    module, recorder = tiny(pl), StepRecorder()
     fit([callback(num_classes=3, unfreeze_at_epoch=5)], module, max_epochs=1)
-    fit([callback(num_classes=3, unfreeze_at_epoch=1), looks], module, max_epochs=2)
-    assert moved(looks.seen[0], looks.seen[2]) == {"head.weight", "head.bias"}
-    assert moved(looks.seen[2], looks.seen[-1]) == set(looks.seen[0]["weights"])
+    fit([callback(num_classes=3, unfreeze_at_epoch=1), recorder], module, max_epochs=2)
+    assert moved(recorder.steps[0], recorder.steps[2]) == {"head.weight", "head.bias"}
+    assert moved(recorder.steps[2], recorder.steps[-1]) == set(recorder.steps[0]["weights"])
 
 
 # Learning rates
 
 
 def trainable_only(module: Any) -> Any:
-    return Adam([each for each in module.parameters() if each.requires_grad], 0.1)
+    return Adam([parameter for parameter in module.parameters() if parameter.requires_grad], 0.1)
 
 
 def two_groups(module: Any) -> Any:
-    weights = [each for each in module.parameters() if each.ndim > 1]
-    others = [each for each in module.parameters() if each.ndim <= 1]
+    weights = [parameter for parameter in module.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in module.parameters() if parameter.ndim <= 1]
     return AdamW([{"params": weights, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], 0.1)
 
 
@@ -313,11 +313,11 @@ CONFIGURED: dict[str, Configure] = {
 
 def plain_rates(configure: Configure) -> list[float]:
     """The rates of the head in a run with one group for everything."""
-    looks = Looks()
+    recorder = StepRecorder()
     module = tiny(pl, configure)
     module.model = GAPClassifier.from_classifier(module.model, 3, sample=torch.zeros(SHAPE))
-    fit([looks], module, max_epochs=3)
-    return [seen["rates"][0] for seen in looks.seen]
+    fit([recorder], module, max_epochs=3)
+    return [step["rates"][0] for step in recorder.steps]
 
 
 @pytest.mark.filterwarnings("ignore:The .epoch. parameter in .scheduler.step")
@@ -326,19 +326,19 @@ def plain_rates(configure: Configure) -> list[float]:
 @pytest.mark.parametrize("name", CONFIGURED)
 def test_the_backbone_trains_at_the_heads_rate_divided(name: str, unfreeze: int) -> None:
     configure = CONFIGURED[name]
-    looks = Looks()
+    recorder = StepRecorder()
     module = tiny(pl, configure)
     trainer = fit(
-        [callback(num_classes=3, unfreeze_at_epoch=unfreeze, head_lr_multiplier=4.0), looks], module, max_epochs=3
+        [callback(num_classes=3, unfreeze_at_epoch=unfreeze, head_lr_multiplier=4.0), recorder], module, max_epochs=3
     )
-    for seen in looks.seen:
-        head, backbone = seen["rates"]
+    for step in recorder.steps:
+        head, backbone = step["rates"]
         assert backbone == pytest.approx(head / 4)
-    assert [seen["rates"][0] for seen in looks.seen] == pytest.approx(plain_rates(configure))
-    last_frozen = looks.seen[2 if unfreeze else 0]
-    assert moved(last_frozen, looks.seen[-1]) == set(last_frozen["weights"])
-    held = [each for group in trainer.optimizers[0].param_groups for each in group["params"]]
-    assert sorted(map(id, held)) == sorted(map(id, module.parameters()))
+    assert [step["rates"][0] for step in recorder.steps] == pytest.approx(plain_rates(configure))
+    last_frozen = recorder.steps[2 if unfreeze else 0]
+    assert moved(last_frozen, recorder.steps[-1]) == set(last_frozen["weights"])
+    optimized = [parameter for group in trainer.optimizers[0].param_groups for parameter in group["params"]]
+    assert sorted(map(id, optimized)) == sorted(map(id, module.parameters()))
 
 
 def test_the_rate_is_the_one_the_weights_move_by() -> None:
@@ -351,24 +351,28 @@ def test_the_rate_is_the_one_the_weights_move_by() -> None:
     again = tiny(pl, plain=True)
     callback(num_classes=3).setup(make_trainer(), again, "validate")
     again.loss(next(iter(loader(data)))).backward()
-    for name, each in again.model.named_parameters():
+    for name, parameter in again.model.named_parameters():
         rate = 0.1 if name.startswith("head") else 0.025
-        assert each.grad is not None
-        assert torch.allclose(each - rate * each.grad, dict(module.model.named_parameters())[name], atol=1e-6), name
+        assert parameter.grad is not None
+        assert torch.allclose(
+            parameter - rate * parameter.grad, dict(module.model.named_parameters())[name], atol=1e-6
+        ), name
 
 
 def test_weight_decay_groups_keep_their_options() -> None:
     module = tiny(pl, two_groups)
     trainer = fit([callback(num_classes=3)], module, max_epochs=1)
-    found = {
-        id(each): group["weight_decay"] for group in trainer.optimizers[0].param_groups for each in group["params"]
+    weight_decay = {
+        id(parameter): group["weight_decay"]
+        for group in trainer.optimizers[0].param_groups
+        for parameter in group["params"]
     }
-    assert all(found[id(each)] == (0.1 if each.ndim > 1 else 0.0) for each in module.parameters())
+    assert all(weight_decay[id(parameter)] == (0.1 if parameter.ndim > 1 else 0.0) for parameter in module.parameters())
     assert len(trainer.optimizers[0].param_groups) == 4
 
 
 def test_a_rate_set_by_hand_before_the_step_is_followed() -> None:
-    module, looks = tiny(pl), Looks()
+    module, recorder = tiny(pl), StepRecorder()
     optimizer_step = type(module).optimizer_step
 
     def warm(epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
@@ -377,16 +381,16 @@ def test_a_rate_set_by_hand_before_the_step_is_followed() -> None:
         optimizer_step(module, epoch, batch_idx, optimizer, closure)
 
     module.optimizer_step = warm
-    fit([callback(num_classes=3, unfreeze_at_epoch=0), looks], module, max_epochs=2)
-    assert {seen["rates"] for seen in looks.seen} == {(0.5, 0.05), (0.25, 0.025)}
+    fit([callback(num_classes=3, unfreeze_at_epoch=0), recorder], module, max_epochs=2)
+    assert {step["rates"] for step in recorder.steps} == {(0.5, 0.05), (0.25, 0.025)}
 
 
 def test_several_optimizers(package: Any) -> None:
-    module, looks = processes.Manual.of(package), Looks()
-    trainer = fit([callback(num_classes=3, unfreeze_at_epoch=1), looks], module, package=package, max_epochs=2)
-    assert all(seen["rates"] == pytest.approx((0.1, 0.01)) for seen in looks.seen)
-    assert moved(looks.seen[2], looks.seen[-1]) == set(looks.seen[0]["weights"])
-    assert [[group["lr"] for group in each.param_groups] for each in trainer.optimizers] == [
+    module, recorder = processes.Manual.of(package), StepRecorder()
+    trainer = fit([callback(num_classes=3, unfreeze_at_epoch=1), recorder], module, package=package, max_epochs=2)
+    assert all(step["rates"] == pytest.approx((0.1, 0.01)) for step in recorder.steps)
+    assert moved(recorder.steps[2], recorder.steps[-1]) == set(recorder.steps[0]["weights"])
+    assert [[group["lr"] for group in optimizer.param_groups] for optimizer in trainer.optimizers] == [
         [0.3],
         pytest.approx([0.1, 0.01]),
     ]
@@ -420,8 +424,8 @@ def test_resuming_is_going_on(name: str, stop: int, tmp_path: Path) -> None:
     run(stop).save_checkpoint(tmp_path / "stopped.ckpt")
     seed(99)
     resumed = fingerprint(run(4, ckpt_path=str(tmp_path / "stopped.ckpt")))
-    found = [each for each in differences(whole, resumed) if each != "torch stream"]
-    assert not found
+    changed = [difference for difference in differences(whole, resumed) if difference != "torch stream"]
+    assert not changed
 
 
 @pytest.mark.parametrize("every", [1, 4, 5])
@@ -433,7 +437,7 @@ def test_resuming_in_the_middle_of_an_epoch(package: Any, every: int, tmp_path: 
         return fit([callback(num_classes=3, unfreeze_at_epoch=1), *options.pop("more", [])], module, **options)
 
     images, labels = dataset(4).tensors
-    # A loader that cannot be resumed begins again: here each batch is the same.
+    # A loader that cannot be resumed starts again: here every batch is the same.
     data = torch.utils.data.TensorDataset(images.repeat(3, 1, 1, 1), labels.repeat(3))
     options = {"package": package, "max_epochs": 3, "train": loader(data), "val": None}
     keep = package.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=every)
@@ -442,7 +446,11 @@ def test_resuming_in_the_middle_of_an_epoch(package: Any, every: int, tmp_path: 
     resumed = run(ckpt_path=str(path), **options)
     if resumed.global_step != whole.global_step:
         pytest.skip("this Lightning repeats a batch when it goes on in the middle of an epoch")
-    assert not [each for each in differences(fingerprint(whole), fingerprint(resumed)) if each != "torch stream"]
+    assert not [
+        difference
+        for difference in differences(fingerprint(whole), fingerprint(resumed))
+        if difference != "torch stream"
+    ]
 
 
 def saved(package: Any, path: Path, kind: Any = None, **options: Any) -> Any:
@@ -463,7 +471,7 @@ def test_an_adapted_module_comes_back(package: Any, options: dict[str, Any], tmp
     back = GAPHeadFinetuning.load_from_checkpoint(type(module), path)
     assert type(back) is type(module)
     assert isinstance(back.model, GAPClassifier)
-    assert not any(each.training for each in back.modules())
+    assert not any(submodule.training for submodule in back.modules())
     images = torch.rand(2, *SHAPE[1:])
     logits, maps = back.model.forward_with_maps(images)
     assert torch.equal(logits, module.eval()(images))
@@ -537,24 +545,24 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"attribute": ""}, "attribute takes"),
-        ({"unfreeze_at_epoch": -1}, "unfreeze_at_epoch takes an epoch"),
-        ({"unfreeze_at_epoch": 1.5}, "unfreeze_at_epoch takes an epoch"),
+        ({"unfreeze_at_epoch": -1}, "unfreeze_at_epoch takes an integer of at least 0, got -1"),
+        ({"unfreeze_at_epoch": 1.5}, "unfreeze_at_epoch takes an integer of at least 0, got 1.5"),
         ({"head_lr_multiplier": 0}, "head_lr_multiplier takes a positive number"),
         ({"head_lr_multiplier": float("nan")}, "head_lr_multiplier takes a positive number"),
         ({"sample": (3, 12, 12)}, "four positive integers"),
         ({"sample": "224"}, "four positive integers"),
     ],
 )
-def test_arguments_out_of_range(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigurationError, match=words):
+def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
         GAPHeadFinetuning(**options)
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"attribute": "modle"}, "'model'.*make it in __init__"),
         ({"attribute": "model.19"}, "is missing after __init__"),
@@ -565,9 +573,9 @@ def test_arguments_out_of_range(options: dict[str, Any], words: str) -> None:
         ({"sample": (1, 5, 12, 12)}, "does not run on images"),
     ],
 )
-def test_what_cannot_be_adapted_is_said_in_setup(options: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_adapted_is_said_in_setup(options: dict[str, Any], message: str) -> None:
     module = tiny(pl)
-    with pytest.raises(ConfigurationError, match=words):
+    with pytest.raises(ConfigurationError, match=message):
         fit([callback(**options)], module)
     assert module.trained == 0
 
@@ -644,8 +652,8 @@ trainer:
     options = {"run": False, "save_config_callback": None, "seed_everything_default": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's use of jsonargparse is deprecated there
-        found = cli.LightningCLI(Tiny.of(package), args=["--config", str(path)], **options)
-    one, other = (each for each in found.trainer.callbacks if isinstance(each, GAPHeadFinetuning))
+        command_line = cli.LightningCLI(Tiny.of(package), args=["--config", str(path)], **options)
+    one, other = (callback for callback in command_line.trainer.callbacks if isinstance(callback, GAPHeadFinetuning))
     assert (one.num_classes, one.unfreeze_at_epoch, one.head_lr_multiplier) == (4, None, 20)
     assert (one.layer, one.sample, one.dropout) == ("2", [1, 3, 12, 12], 0.5)
     assert (other.attribute, other.unfreeze_at_epoch, other.sample) == ("net.model", 1, None)
@@ -655,7 +663,7 @@ trainer:
 
 
 def test_fine_tuning_learns() -> None:
-    """The new head on a backbone that rests, then both."""
+    """The new head on a frozen backbone, then both."""
     images, labels = processes.toy(48)
     data = torch.utils.data.TensorDataset(images, labels)
     options: dict[str, Any] = {"train": loader(data), "val": None, "max_epochs": 8}
@@ -683,7 +691,7 @@ def test_two_processes_train_what_one_trains(folder: Path, scene: str, tmp_path:
     first, second = two(folder, scene)
     alone = copy.deepcopy(processes.alone())
     start = classifier_of(processes.start()).state_dict()
-    for name, each in alone.items():
+    for name, tensor in alone.items():
         assert torch.equal(first[name], second[name]), name
-        assert torch.allclose(first[name], each, atol=1e-5), name
-        assert float((each - start[name]).abs().max()) > 1e-4, f"{name} was not trained"
+        assert torch.allclose(first[name], tensor, atol=1e-5), name
+        assert float((tensor - start[name]).abs().max()) > 1e-4, f"{name} was not trained"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.explain import attention_rollout
-from lightning_interp.explain.attention import _AttentionTap, _probabilities
+from lightning_interp.explain.attention import _AttentionRecorder, _fused_probabilities
 from tests.helpers import references
 from tests.helpers.states import unchanged, unsettle
 from tests.helpers.zoo import CLASSES, Animal, Net, animal
@@ -187,7 +187,7 @@ def test_the_probabilities_of_fused_attention(options: dict[str, Any]) -> None:
         key, value = key.repeat(1, 2, 1, 1), value.repeat(1, 2, 1, 1)
     if options.pop("mask", False):
         options["attn_mask"] = torch.rand(5, 5) > 0.3
-    found = _probabilities(F.scaled_dot_product_attention, query, key, value, **options)
+    found = _fused_probabilities(F.scaled_dot_product_attention, query, key, value, **options)
     torch.testing.assert_close(found.sum(-1), torch.ones(2, 4, 5))
     values = value.repeat_interleave(2, 1) if options.get("enable_gqa") else value
     torch.testing.assert_close(found @ values, F.scaled_dot_product_attention(query, key, value, **options))
@@ -200,12 +200,12 @@ def test_a_tapped_layer_gives_what_it_gave(need_weights: bool, average: bool) ->
     options = {"need_weights": need_weights, "average_attn_weights": average}
     with torch.no_grad():
         output, weights = layer(tokens, tokens, tokens, **options)
-        with _AttentionTap() as tap:
+        with _AttentionRecorder() as recorder:
             tapped, tapped_weights = layer(tokens, tokens, tokens, **options)
         _, each = layer(tokens, tokens, tokens, average_attn_weights=False)
     torch.testing.assert_close(tapped, output)
     torch.testing.assert_close(tapped_weights, weights)
-    torch.testing.assert_close(tap.found[0], each)
+    torch.testing.assert_close(recorder.probabilities[0], each)
 
 
 def test_a_transformer_encoder_of_torch_is_seen() -> None:

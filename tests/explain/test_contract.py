@@ -22,42 +22,30 @@ from lightning_interp import explain
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.explain import Explainer, gradcam
 from tests.helpers import references
+from tests.helpers.references import properties_of
 from tests.helpers.states import assert_same, unchanged, unsettle
 from tests.helpers.zoo import ANIMALS, CLASSES, Animal, Checkpointed, Net, animal
 
-EXPLAINERS: list[Explainer] = [
-    each for name in explain.__all__ if isinstance(each := getattr(explain, name), Explainer)
-]
-LAYERED = [each for each in EXPLAINERS if each.layer is not None]
-GRADIENTS = [each for each in EXPLAINERS if each.layer == "gradients" or each.inputs]
-# Linear in the score: the map against a class is minus the map for it.
-LINEAR = {"cam", "gradcam", "hirescam", "xgradcam", "saliency", "smoothgrad"}
-LINEAR |= {"input_x_gradient", "integrated_gradients", "occlusion", "rise"}
-# The same for every target.
-CLASS_AGNOSTIC = {"attention_rollout", "eigencam"}
-# Fewer passes where a method takes many.
+EXPLAINERS = list(explain.explainers().values())
+# Fewer passes where a method runs many.
 FAST: dict[str, Any] = {"n_samples": 2, "n_channels": 3, "n_steps": 3, "n_masks": 4, "patch": 0.5, "stride": 0.25}
-# They change the gradient of rectifiers.
-GUIDED = {"guided_backprop", "deconvnet", "guided_gradcam"}
-# They look again, at the gradient towards other images or through other rectifiers.
-AGAIN = {"smoothgrad", "vargrad", "integrated_gradients", *GUIDED}
-# Nothing to see: a linear model has one gradient everywhere.
-EMPTY = {("vargrad", "mlp")}
-# So many channels that the slow reference would not end; test_gradient_free.py asks pytorch-grad-cam.
+# Too many channels for a slow reference with a pass for each; test_gradient_free.py compares with pytorch-grad-cam.
 WIDE = {"mobilenet_v3", "resnet"}
 # So many layers that the slow reference of occlusion gets fewer patches.
 DEEP = {"resnet", "squeezenet", "densenet"}
 # The first model once more: what differs is the output's form, or what requires a gradient.
 WRAPPED = {"object", "tuple", "one_logit_flat", "frozen"}
 
-over_all = pytest.mark.parametrize("explainer", EXPLAINERS, ids=lambda each: each.name)
-# What explains any convolutional network; test_attention.py asks the same of the others.
+over_all = pytest.mark.parametrize("explainer", EXPLAINERS, ids=lambda explainer: explainer.name)
+# Methods for any convolutional network; test_attention.py tests the same of the others.
 over_explainers = pytest.mark.parametrize(
-    "explainer", [each for each in EXPLAINERS if each.name != "attention_rollout"], ids=lambda each: each.name
+    "explainer",
+    [explainer for explainer in EXPLAINERS if explainer.family != "attention"],
+    ids=lambda explainer: explainer.name,
 )
-# Dynamo's own, where it compiles a part of a model.
+# Dynamo's warning, where it compiles a part of a model.
 quiet_dynamo = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-over_zoo = pytest.mark.parametrize("kind", ANIMALS, ids=lambda each: each.name)
+over_zoo = pytest.mark.parametrize("kind", ANIMALS, ids=lambda kind: kind.name)
 
 
 def fast(explainer: Explainer, kind: Animal | None = None) -> dict[str, Any]:
@@ -69,15 +57,11 @@ def impossible(explainer: Explainer, kind: Animal) -> str | None:
     """The error by which a method says that it cannot explain such a model."""
     if explainer.layer is not None and not kind.spatial:
         return r"has no spatial layer: .*name a layer that gives \(N, C, h, w\) activations, or tokens, with layer="
-    if explainer.name == "cam" and not kind.gap:
-        return "no head of global average pooling and one linear layer.*use gradcam"
-    if explainer.name == "attention_rollout" and not kind.attends:
-        return "(shows no attention between tokens|is not between the same tokens in all layers).*use gradcam"
-    if explainer.name in GUIDED and kind.name in {"mobilenet_v3", "convnext", "vit", "timm_vit", "swin"}:
-        return "the model's activation '(gelu|hardswish)' is no rectifier, .*; use saliency, smoothgrad or integrated"
-    if explainer.name in GUIDED and kind.name == "mlp":
-        return r"calls no rectifier \(ReLU and its kin\) whose gradient could be changed; use saliency or smoothgrad"
-    return None
+    return properties_of(explainer.name).refusal(kind)
+
+
+def takes_any_layer(explainer: Explainer) -> bool:
+    return explainer.layer is not None and not properties_of(explainer.name).classes_of_gap_head
 
 
 def over_pairs(
@@ -88,22 +72,22 @@ def over_pairs(
         ("explainer", "kind"),
         [
             pytest.param(
-                each,
+                explainer,
                 kind,
-                id=f"{each.name}-{kind.name}",
+                id=f"{explainer.name}-{kind.name}",
                 marks=[] if chosen(kind, row + column) else [pytest.mark.matrix],
             )
-            for row, each in enumerate(EXPLAINERS)
+            for row, explainer in enumerate(EXPLAINERS)
             for column, kind in enumerate(ANIMALS)
-            if not but(each, kind)
+            if not but(explainer, kind)
         ],
     )
 
 
-# Every explainer and every model, but only each third pair of them.
+# Every explainer and every model, but only a third of the pairs.
 over_a_slice = over_pairs(lambda kind, number: number % 3 == 0)
 over_a_slice_with_refusals = over_pairs(lambda kind, number: number % 3 == 0, but=lambda explainer, kind: False)
-# Each third pair of those models that are another in a wrapper.
+# A third of the pairs with those models that are another in a wrapper.
 over_most = over_pairs(lambda kind, number: number % 3 == 0 or kind.name not in WRAPPED)
 
 
@@ -127,8 +111,34 @@ def logits_of(kind: Animal) -> Tensor:
 
 
 def test_every_export_is_an_explainer_with_a_slow_reference() -> None:
-    assert {name for name in explain.__all__ if name != "Explainer"} == {each.name for each in EXPLAINERS}
-    assert [each.name for each in EXPLAINERS if not hasattr(references, each.name)] == []
+    defined = {name for name, value in vars(explain).items() if isinstance(value, Explainer)}
+    assert defined == {explainer.name for explainer in EXPLAINERS}
+    assert [name for name in defined if not hasattr(references, name)] == []
+
+
+@over_all
+def test_maps_have_the_declared_sign(explainer: Explainer) -> None:
+    kind = animal("vit" if explainer.family == "attention" else "plain")
+    maps = [explainer(kind.model, kind.images(), target, **fast(explainer)) for target in range(CLASSES)]
+    if explainer.has_zero:
+        assert bool((torch.stack(maps) < 0).any()) is explainer.signed
+
+
+@over_all
+def test_more_passes_are_run_where_they_are_declared(explainer: Explainer) -> None:
+    kind = animal("vit" if explainer.family == "attention" else "plain")
+    passes = 0
+
+    def predict(model: nn.Module, images: Tensor) -> Any:
+        nonlocal passes
+        passes += 1
+        return model(images)
+
+    many = {"n_samples": 9, "n_steps": 9, "n_channels": 3, "n_masks": 40}
+    options = {name: value for name, value in many.items() if name in explainer.options}
+    options |= {"layer": kind.layer} if explainer.layer else {}
+    explainer(kind.model, kind.images(), 1, predict=predict, **options)
+    assert (passes > 2) is explainer.perturbed
 
 
 @over_all
@@ -146,7 +156,8 @@ def test_explains_and_leaves_no_trace(kind: Animal, explainer: Explainer) -> Non
         maps = explainer(model, images, targets, **options)
     assert torch.equal(images, before)
     check_maps(maps, images, explainer)
-    assert maps.abs().sum() > 0 or (explainer.name, kind.name) in EMPTY
+    is_empty = properties_of(explainer.name).zero_if_linear and kind.activations == "none"
+    assert bool(maps.any()) is not is_empty
     if explainer.layer is None:
         assert_same(maps, getattr(references, explainer.name)(model, images, targets, **options))
         return
@@ -155,7 +166,8 @@ def test_explains_and_leaves_no_trace(kind: Animal, explainer: Explainer) -> Non
     resized = F.interpolate(small[:, None], images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
     assert_same(maps, resized, 1e-5)
     if kind.layer is not None:
-        if kind.name not in WIDE or explainer.name != "ablationcam":
+        has_pass_for_each_channel = explainer.perturbed and "n_channels" not in explainer.options
+        if kind.name not in WIDE or not has_pass_for_each_channel:
             assert_same(small, getattr(references, explainer.name)(model, images, targets, kind.layer, **options))
         named = explainer(model, images, targets, layer=kind.layer, upsample=False, **options)
         assert_same(small, named, 1e-5)
@@ -168,13 +180,14 @@ def test_leaves_no_trace_when_it_fails(kind: Animal, explainer: Explainer) -> No
 
     model = kind.model
     unsettle(model)
-    refusal = impossible(explainer, kind)  # which comes before the score is asked for
-    if explainer.name == "cam" and kind.spatial:
-        refusal = r"cam explains the classes of a GAP \+ linear head, not a callable's scores"
-    elif explainer.name == "guided_gradcam" and kind.spatial:
-        refusal = None  # its Grad-CAM asks first
+    properties = properties_of(explainer.name)
+    refusal = impossible(explainer, kind)  # raised before the score is computed
+    if properties.classes_of_gap_head and kind.spatial:
+        refusal = f"{explainer.name} explains the classes of a GAP . linear head, not a callable's scores"
+    elif properties.modifies_relu and explainer.layer is not None and kind.spatial:
+        refusal = None  # it computes the layer's gradient first
     predict = None
-    if explainer.name in CLASS_AGNOSTIC:  # they ask for no score: the model's pass is what fails
+    if properties.class_agnostic:  # no score is computed: the model's pass fails
         refusal, predict = None, fail
     expected = pytest.raises(ConfigurationError, match=refusal) if refusal else pytest.raises(ArithmeticError)
     with unchanged(model), expected:
@@ -183,7 +196,7 @@ def test_leaves_no_trace_when_it_fails(kind: Animal, explainer: Explainer) -> No
 
 @over_all
 def test_a_pass_that_fails_later_leaves_no_trace(explainer: Explainer) -> None:
-    kind = animal("vit" if explainer.name == "attention_rollout" else "plain")
+    kind = animal("vit" if explainer.family == "attention" else "plain")
     passes, last = 0, math.inf
 
     def predict(model: nn.Module, images: Tensor) -> Any:
@@ -204,9 +217,8 @@ def test_a_pass_that_fails_later_leaves_no_trace(explainer: Explainer) -> None:
 @over_most
 def test_chunks_change_nothing(kind: Animal, explainer: Explainer) -> None:
     model, images, targets, options = kind.model, kind.images(7), torch.arange(7) % 2, fast(explainer, kind)
-    # Of so many rectifiers some are so near their kink that float32 rounds to either side; and Ablation-CAM divides
-    # small differences of scores.
-    if kind.name in DEEP or explainer.name == "ablationcam":
+    # Some of so many ReLUs are so near their kink that float32 rounds to either side.
+    if kind.name in DEEP or properties_of(explainer.name).needs_double:
         model, images = copy.deepcopy(model).double(), images.double()
     whole = explainer(model, images, targets, **options)
     assert whole.shape == (7, *kind.size)
@@ -255,7 +267,7 @@ def test_explains_a_model_made_in_inference_mode(explainer: Explainer) -> None:
 
 
 @over_explainers
-@pytest.mark.parametrize("kind", [animal("plain"), animal("densenet")], ids=lambda each: each.name)
+@pytest.mark.parametrize("kind", [animal("plain"), animal("densenet")], ids=lambda kind: kind.name)
 def test_works_under_autocast(kind: Animal, explainer: Explainer) -> None:
     images, targets = kind.images(), torch.tensor([0, 1, 2])
     expected = explainer(kind.model, images, targets, **fast(explainer))
@@ -284,7 +296,7 @@ def test_targets_come_in_every_form(explainer: Explainer) -> None:
     maps = explainer(kind.model, kind.images(), torch.tensor([2, 2, 2]), **fast(explainer))
     for targets in (2, torch.tensor(2), torch.tensor([2, 2, 2], dtype=torch.int32)):
         assert torch.equal(explainer(kind.model, kind.images(), targets, **fast(explainer)), maps)
-    if explainer.name != "cam":
+    if not properties_of(explainer.name).classes_of_gap_head:
         by_score = explainer(kind.model, kind.images(), lambda output: output[:, 2], **fast(explainer))
         assert_same(by_score, maps, 1e-5)
         chunked = explainer(kind.model, kind.images(), lambda output: output[:, 2], batch_size=2, **fast(explainer))
@@ -307,7 +319,7 @@ class Detector(Net):
     ("build", "score"),
     [
         pytest.param(Segmenter, lambda output: output["out"][:, 1].mean((1, 2)), id="segmentation"),
-        pytest.param(Detector, lambda found: torch.stack([each["scores"].amax() for each in found]), id="detection"),
+        pytest.param(Detector, lambda output: torch.stack([row["scores"].amax() for row in output]), id="detection"),
         pytest.param(partial(Net, wrap=lambda logits: logits[:, 0]), lambda values: values, id="regression"),
         pytest.param(Net, lambda vectors: F.cosine_similarity(vectors, torch.tensor([[1.0, 2, -1]])), id="embedding"),
     ],
@@ -315,7 +327,7 @@ class Detector(Net):
 def test_callables_score_what_is_no_class(
     explainer: Explainer, build: Callable[[], nn.Module], score: Callable[[Any], Tensor]
 ) -> None:
-    if explainer.name == "cam":
+    if properties_of(explainer.name).classes_of_gap_head:
         return
 
     class Scored(nn.Module):
@@ -339,7 +351,7 @@ def test_callables_score_what_is_no_class(
 
 @over_explainers
 def test_one_logit_speaks_for_class_one_against_class_zero(explainer: Explainer) -> None:
-    if explainer.name not in LINEAR:
+    if not properties_of(explainer.name).linear:
         return
     kind = animal("one_logit")
     options = fast(explainer) | ({"channels": "sum"} if "channels" in explainer.options else {})
@@ -356,7 +368,7 @@ def test_nothing_random_is_explained(explainer: Explainer) -> None:
 
 @over_explainers
 def test_a_layer_that_follows_no_module_is_found(explainer: Explainer) -> None:
-    if explainer.layer is None or explainer.name == "cam":
+    if not takes_any_layer(explainer):
         return
     kind = animal("densenet")
 
@@ -378,7 +390,9 @@ def test_a_layer_that_follows_no_module_is_found(explainer: Explainer) -> None:
     )
 
 
-@pytest.mark.parametrize("explainer", [each for each in LAYERED if each.name not in GUIDED], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "explainer", explain.explainers("class_activation").values(), ids=lambda explainer: explainer.name
+)
 def test_channels_may_come_last(explainer: Explainer) -> None:
     model, images = animal("swin").model, torch.rand(2, 3, 32, 48)  # neither layer is square
     last, first = (
@@ -389,14 +403,12 @@ def test_channels_may_come_last(explainer: Explainer) -> None:
 
 
 @over_explainers
-def test_use_chooses_a_call(explainer: Explainer) -> None:
+def test_call_index_chooses_a_call(explainer: Explainer) -> None:
     kind = animal("repeating")
-    if not explainer.upsampled or explainer.layer is None or explainer.name == "cam":
+    if not explainer.upsampled or not takes_any_layer(explainer):
         return
-    first, last = (
-        explainer(kind.model, kind.images(), 1, layer="block", use=use, upsample=False, **fast(explainer))
-        for use in (0, -1)
-    )
+    options = {"layer": "block", "upsample": False, **fast(explainer)}
+    first, last = (explainer(kind.model, kind.images(), 1, call_index=index, **options) for index in (0, -1))
     assert (first.shape[-1], last.shape[-1]) == (28, 26)
 
 
@@ -404,12 +416,12 @@ def test_use_chooses_a_call(explainer: Explainer) -> None:
 
 
 class Module(pl.LightningModule):
-    """Logs, counts and draws in its forward pass, and does more than it should in train() and eval()."""
+    """Logs and updates metrics in its forward pass, and overrides train()."""
 
     def __init__(self) -> None:
         super().__init__()
         self.net = Net()
-        self.seen = torchmetrics.MeanMetric()
+        self.mean = torchmetrics.MeanMetric()
         self.kept = torchmetrics.CatMetric()
         self.both = torchmetrics.MetricCollection(
             [torchmetrics.Accuracy("multiclass", num_classes=CLASSES), torchmetrics.Recall("multiclass", num_classes=3)]
@@ -429,7 +441,7 @@ class Module(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.net(images)
-        self.seen.update(images.mean())
+        self.mean.update(images.mean())
         self.kept(logits.detach().flatten())
         self.both.update(logits.detach(), logits.detach().argmax(1))
         self.log("mean", images.mean())
@@ -439,17 +451,17 @@ class Module(pl.LightningModule):
 
 @over_explainers
 @pytest.mark.parametrize("used", [False, True])
-def test_a_lightning_module_hears_nothing(explainer: Explainer, used: bool) -> None:
+def test_a_lightning_module_logs_nothing(explainer: Explainer, used: bool) -> None:
     module = Module()
     if used:
         module(torch.rand(2, 3, 9, 9))
-        module.seen.compute()
+        module.mean.compute()
     switched, logged = module.switched, list(module.logged)
     images = torch.rand(2, 3, 9, 9)
     with unchanged(module):
         check_maps(explainer(module, images, 1, **fast(explainer)), images, explainer)
     assert (module.switched, module.logged) == (switched, logged)
-    assert module.seen.update_count == module.kept.update_count == int(used)
+    assert module.mean.update_count == module.kept.update_count == int(used)
     module(torch.rand(2, 3, 9, 9))
     assert module.both.compute() == {
         "MulticlassAccuracy": 1,
@@ -542,7 +554,7 @@ def test_compiled_code_runs_again_afterwards(fails: bool) -> None:
 @over_explainers
 @pytest.mark.parametrize("layer", ["stem", "block.0", "block"])
 def test_a_layer_inside_a_checkpoint(explainer: Explainer, layer: str) -> None:
-    if explainer.layer is None or explainer.name == "cam":
+    if not takes_any_layer(explainer):
         return
 
     class Plain(Checkpointed):
@@ -562,9 +574,9 @@ def test_a_layer_inside_a_checkpoint(explainer: Explainer, layer: str) -> None:
 def test_reentrant_checkpoints_are_refused_where_they_stand_in_the_way(explainer: Explainer) -> None:
     torch.manual_seed(0)
     model, images = Checkpointed(use_reentrant=True), torch.rand(2, 3, 12, 12)
-    if explainer.layer is not None and explainer.name not in GUIDED:
+    if explainer.family == "class_activation":
         check_maps(explainer(model, images, 1, layer="last", **fast(explainer)), images, explainer)
-    if explainer not in GRADIENTS and explainer.name not in AGAIN:
+    if explainer.layer != "gradients" and explainer.family != "gradients":
         return
     for layer in ("stem", "block.0") if explainer.layer else (None,):
         options = {"layer": layer} if layer else {}
@@ -700,17 +712,16 @@ def test_layers_that_do_not_fit(explainer: Explainer) -> None:
 def test_signature_and_pickle(explainer: Explainer) -> None:
     parameters = inspect.signature(explainer).parameters
     assert list(parameters)[:3] == ["model", "images", "targets"]
-    assert all(each.kind is each.KEYWORD_ONLY for each in list(parameters.values())[3:])
-    assert (
-        ("layer" in parameters) == ("use" in parameters) == ("reshape" in parameters) == (explainer.layer is not None)
-    )
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in list(parameters.values())[3:])
+    for name in ("layer", "call_index", "reshape"):
+        assert (name in parameters) is (explainer.layer is not None)
     assert ("upsample" in parameters) == explainer.upsampled
     assert {"batch_size", "predict", *explainer.options} <= set(parameters)
     assert pickle.loads(pickle.dumps(explainer)) is explainer
     assert repr(explainer) == f"<explainer {explainer.name}>"
-    said = explainer.__doc__ or ""
+    documentation = explainer.__doc__ or ""
     parts = (".. math::", "Args:", "Returns:", "(N, H, W)", "Raises:", "Example:", ">>> ", "Reference:")
-    assert [part for part in parts if part not in said] == []
+    assert [part for part in parts if part not in documentation] == []
 
 
 def test_the_zoo_is_as_labelled() -> None:

@@ -148,14 +148,14 @@ def test_scorecams_chunks_change_nothing_and_constant_channels_share_a_pass() ->
 
 
 def test_scorecam_fills_other_machines_with_more_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradient_free, "_ROWS", {})  # no machine is known
+    monkeypatch.setattr(gradient_free, "rows_per_pass", lambda device, cpu, other: other)
     model, images = Counting(), torch.rand(2, 3, 9, 9)
     with torch.no_grad():
         model.second[0].bias.fill_(1)  # every channel varies
         model.second[0].weight.mul_(0.1)
     scorecam(model, images, 1, layer="second")
     assert [n for n, _ in model.seen[1:]] == [8, 8]
-    monkeypatch.setattr(gradient_free, "_MORE_ROWS", 4)
+    monkeypatch.setattr(gradient_free, "rows_per_pass", lambda device, cpu, other: 4)
     scorecam(model, images, 1, layer="second")
     assert [n for n, _ in model.seen[-4:]] == [4, 4, 4, 4]
 
@@ -178,6 +178,25 @@ def test_scorecam_of_a_model_that_views_its_activations() -> None:
     expected = scorecam(Net(), images, 1, layer="second")
     torch.manual_seed(0)
     torch.testing.assert_close(scorecam(Viewing(), images, 1, layer="second"), expected)
+
+
+def test_an_error_of_the_models_own_is_raised_by_scorecams_first_run() -> None:
+    runs = []
+
+    class Failing(Net):
+        def features(self, images: Tensor) -> Tensor:
+            if len(images) > 2:
+                runs.append(len(images))
+                raise RuntimeError("too many images")
+            return super().features(images)
+
+    model, images = Failing(), torch.rand(2, 3, 9, 9)
+    with torch.no_grad():
+        model.second[0].bias.fill_(1)  # every channel varies
+        model.second[0].weight.mul_(0.1)
+    with unchanged(model), pytest.raises(RuntimeError, match="too many images"):
+        scorecam(model, images, 1, layer="second")
+    assert runs == [8]
 
 
 # ---- Ablation-CAM

@@ -165,7 +165,7 @@ def test_other_machines_are_filled_with_more_copies(explainer: Any, monkeypatch:
     options = {name: 24 for name in ("n_samples", "n_steps") if name in explainer.options}
     expected = explainer(model, images, 1, **options)
     assert seen == [3, *[6] * 12]
-    monkeypatch.setattr(input_gradients, "_ROWS_AND_COPIES", {})  # no machine is known
+    monkeypatch.setattr(input_gradients, "rows_per_pass", lambda device, cpu, other: other)
     seen.clear()
     assert_same(explainer(model, images, 1, **options), expected)
     assert seen == [3, 48, 24]

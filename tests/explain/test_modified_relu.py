@@ -240,7 +240,7 @@ def test_mobilenet_v2(explainer: Any) -> None:
 def test_other_activations_are_refused(activation: nn.Module, called: str, explainer: Any) -> None:
     with (
         unchanged(model := Functional(nn.Sequential(nn.ReLU(), activation))),
-        pytest.raises(ConfigurationError, match=f"the model's activation '{called}' is no rectifier"),
+        pytest.raises(ConfigurationError, match=f"the model's activation '{called}' is not a ReLU"),
     ):
         explainer(model, torch.rand(2, 3, 10, 10, generator=torch.Generator().manual_seed(0)), 1)
 
@@ -248,7 +248,7 @@ def test_other_activations_are_refused(activation: nn.Module, called: str, expla
 @pytest.mark.parametrize("explainer", [*METHODS, guided_gradcam])
 @pytest.mark.parametrize("activation", [nn.Identity(), nn.Sigmoid(), lambda x: x.clamp(min=-1)])
 def test_a_model_without_rectifiers_is_refused(activation: Any, explainer: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"Functional calls no rectifier .* whose gradient could be changed"):
+    with pytest.raises(ConfigurationError, match=r"Functional calls no ReLU .* whose gradient could be modified"):
         explainer(Functional(activation), torch.rand(2, 3, 10, 10), 1)
 
 
@@ -430,7 +430,7 @@ def test_units_under_inference_mode_and_predict() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"targets": 1, "unit": ("two", 0)}, "give targets or unit, not both"),
+        ({"targets": 1, "unit": ("two", 0)}, "pass targets or unit, not both"),
         ({"unit": ("three", 0)}, "there is no layer 'three' in Stack"),
         ({"unit": ("two", 4)}, r"the layer 'two' gives activations \(2, 4, 2, 2\); there is no channel 4"),
         ({"unit": ("two", -1)}, "there is no channel -1"),
@@ -447,5 +447,5 @@ def test_units_that_do_not_fit(options: dict[str, Any], message: str) -> None:
 
 def test_a_units_way_through_another_activation_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 64, 2))
-    with pytest.raises(ConfigurationError, match="'gelu' is no rectifier"):
+    with pytest.raises(ConfigurationError, match="'gelu' is not a ReLU"):
         deconvnet(model, torch.rand(1, 3, 12, 12), unit=("2", 1))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.explain import occlusion, perturbation, rise
-from lightning_interp.explain._windows import Windowed
+from lightning_interp.explain._windowed import Windowed
 from lightning_interp.explain.perturbation import patch_starts
 from tests.helpers import references
 from tests.helpers.states import assert_same, unchanged
@@ -53,7 +53,7 @@ def test_how_many_positions_are_seen_at_once_changes_nothing(rows: int, monkeypa
     kind = animal("plain")
     expected = occlusion(kind.model, kind.images(), TARGETS)
     masked = rise(kind.model, kind.images(), TARGETS, n_masks=20)
-    monkeypatch.setitem(perturbation._ROWS, "cpu", rows)
+    monkeypatch.setattr(perturbation, "rows_per_pass", lambda device, cpu, other: rows)
     assert_same(occlusion(kind.model, kind.images(), TARGETS), expected)
     assert_same(rise(kind.model, kind.images(), TARGETS, n_masks=20), masked)
 
@@ -374,15 +374,33 @@ def test_a_scripted_function_sees_whole_images() -> None:
     assert_same(occlusion(model, images, 1, predict=lambda model, images: model(scripted(images))), expected)
 
 
-def test_a_model_that_fails_fails_with_its_own_error() -> None:
+def test_a_part_that_reads_memory_sees_whole_images() -> None:
+    class Reading(Net):
+        def features(self, images: Tensor) -> Tensor:
+            with torch._C.DisableTorchFunctionSubclass():  # as an extension does
+                images.tolist()
+            return super().features(images)
+
+    torch.manual_seed(0)
+    expected = occlusion(Net(), images := torch.rand(2, 3, 20, 20), 1)
+    torch.manual_seed(0)
+    assert_same(occlusion(Reading(), images, 1), expected)
+
+
+@pytest.mark.parametrize("explainer", [occlusion, rise], ids=lambda explainer: explainer.name)
+def test_an_error_of_the_models_own_is_raised_by_the_first_run(explainer: Any) -> None:
+    runs = []
+
     class Failing(Net):
         def features(self, images: Tensor) -> Tensor:
             if len(images) > 2:
+                runs.append(len(images))
                 raise RuntimeError("too many images")
             return super().features(images)
 
-    with pytest.raises(RuntimeError, match="too many images"):
-        occlusion(Failing(), torch.rand(2, 3, 20, 20), 1)
+    with unchanged(model := Failing()), pytest.raises(RuntimeError, match="too many images"):
+        explainer(model, torch.rand(2, 3, 20, 20, generator=torch.Generator().manual_seed(0)), 1)
+    assert len(runs) == 1
 
 
 @pytest.mark.parametrize("explainer", [occlusion, rise], ids=lambda each: each.name)
@@ -406,7 +424,10 @@ def test_a_bar_shows_how_far_it_is(explainer: Any, monkeypatch: pytest.MonkeyPat
 
 def test_a_look_into_windows_is_an_error() -> None:
     some, _ = copies()
-    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(RuntimeError, match="asks for numbers"):
+    with (
+        torch._C.DisableTorchFunctionSubclass(),
+        pytest.raises(RuntimeError, match="reads the values of a windowed tensor"),
+    ):
         some.contiguous()
 
 
@@ -436,7 +457,7 @@ def test_rise_of_a_linear_model_comes_to_what_is_expected(monkeypatch: pytest.Mo
     # Cells are open with probability p, each by itself, so that two pixels' E[m m'] is p^2, and p (1 - p) times what
     # they share of cells. The paper divides by n p, the sum of the masks in expectation; we divide by what each pixel
     # was really shown, which comes to the same.
-    monkeypatch.setitem(perturbation._ROWS, "cpu", 1000)
+    monkeypatch.setattr(perturbation, "rows_per_pass", lambda device, cpu, other: 1000)
     model, images, p = nn.Sequential(nn.Flatten(), nn.Linear(3 * 10 * 14, 2)), torch.rand(2, 3, 10, 14), 0.3
     shares = (model[1].weight[1].view(3, 10, 14) * images).sum(1).detach()
     down, across = (torch.einsum("syc,szc->yz", each, each) / len(each) for each in (shown(10, 4), shown(14, 4)))

@@ -1,4 +1,4 @@
-"""Modules to fine-tune, and what two processes do with one under DDP: run as a script, read by test_finetuning.py."""
+"""Modules to fine-tune, and their training by two processes under DDP: run as a script by test_finetuning.py."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ UNFREEZE, EPOCHS = 1, 3
 
 
 def body(plain: bool = False, dropout: float = 0.3) -> nn.Sequential:
-    found = network(plain=plain)
+    layers = network(plain=plain)
     if not plain:
-        found[0].bias = None  # in front of a batch norm it has no gradient
-    for each in found.modules():
-        if isinstance(each, nn.Dropout):
-            each.p = dropout
-    return found
+        layers[0].bias = None  # in front of a batch norm it has no gradient
+    for layer in layers.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = dropout
+    return layers
 
 
 def callback(**options: Any) -> GAPHeadFinetuning:
@@ -37,7 +37,7 @@ def callback(**options: Any) -> GAPHeadFinetuning:
 
 
 class Tiny:
-    """What a small module of either package does."""
+    """The methods of a small module of either package."""
 
     rate = 0.1
     trained = 0
@@ -82,7 +82,7 @@ class Tiny:
 
 
 class Manual:
-    """Two optimisers: one of something else, one of the head with a part of the backbone."""
+    """Two optimisers: one of another layer, one of the head with the trainable part of the backbone."""
 
     @staticmethod
     def of(package: Any) -> Any:
@@ -101,7 +101,7 @@ class Manual:
                 two.step()
 
             def configure_optimizers(self) -> Any:
-                trainable = [each for each in self.model.parameters() if each.requires_grad]
+                trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
                 return [torch.optim.SGD(self.other.parameters(), 0.3), torch.optim.SGD(trainable, 0.1)]
 
         seed()
@@ -134,27 +134,27 @@ def tiny(
         seed()
         module.model = body(plain, dropout)
     module.configure = None if configure is None else lambda _: configure(module)
-    seed(2)  # what comes next draws the same, however the module came to be
+    seed(2)  # the next random numbers do not depend on how the module was made
     return module
 
 
 def classifier_of(module: Any) -> nn.Module:
-    found: nn.Module = module.model
-    return found
+    classifier: nn.Module = module.model
+    return classifier
 
 
 def rates(trainer: Any, module: Any) -> tuple[float, float]:
     """The head's learning rate and the backbone's, where it has one."""
-    found: dict[bool, set[float]] = {True: set(), False: set()}
-    backbone = {id(each) for each in getattr(module.model, "features", nn.Module()).parameters()}
-    head = {id(each) for each in module.model.head.parameters()}
+    by_part: dict[bool, set[float]] = {True: set(), False: set()}
+    backbone = {id(parameter) for parameter in getattr(module.model, "features", nn.Module()).parameters()}
+    head = {id(parameter) for parameter in module.model.head.parameters()}
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
-            for each in group["params"]:
-                if id(each) in backbone | head:
-                    found[id(each) in backbone].add(float(group["lr"]))
-    (of_head,) = found[False]
-    (of_backbone,) = found[True] or {float("nan")}
+            for parameter in group["params"]:
+                if id(parameter) in backbone | head:
+                    by_part[id(parameter) in backbone].add(float(group["lr"]))
+    (of_head,) = by_part[False]
+    (of_backbone,) = by_part[True] or {float("nan")}
     return of_head, of_backbone
 
 
@@ -167,7 +167,7 @@ def toy(n: int) -> tuple[Tensor, Tensor]:
 
 
 def start() -> Any:
-    """The module that all train, adapted: with the same head on every rank, and without batch statistics."""
+    """The adapted module before training: with the same head on every rank, and without batch norms."""
     module = tiny(pl, plain=True)
     seed(2)
     callback(num_classes=CLASSES).setup(make_trainer(), module, "validate")
@@ -183,8 +183,8 @@ def train(data: Any, epochs: int = EPOCHS, ckpt_path: str | None = None, **optio
 
 def alone() -> dict[str, Tensor]:
     """One process that sees both ranks' images in one batch."""
-    found: dict[str, Tensor] = classifier_of(train(loader(dataset(16))).lightning_module).state_dict()
-    return found
+    state: dict[str, Tensor] = classifier_of(train(loader(dataset(16))).lightning_module).state_dict()
+    return state
 
 
 def share() -> DataLoader[Any]:

@@ -1,7 +1,7 @@
-"""Slow and obvious: each method as its paper tells it, image by image, with hooks by hand and ``backward()``.
+"""Slow and obvious: each method as in its paper, image by image, with hooks and ``backward()``.
 
-Every function takes ``(model, images, targets, layer, **options)`` and gives (N, h, w) of the layer or (N, H, W); one
-stands here for each name in ``lightning_interp.explain``.
+Every function takes ``(model, images, targets, layer, **options)`` and returns (N, h, w) of the layer or (N, H, W);
+there is one for each explainer, with the properties of the method that the contract tests need.
 """
 
 from __future__ import annotations
@@ -9,15 +9,84 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.zoo import Animal
 
+Reference = TypeVar("Reference", bound=Callable[..., Tensor])
+
+
+def _no_refusal(kind: Animal) -> str | None:
+    return None
+
+
+def _without_gap_head(kind: Animal) -> str | None:
+    return None if kind.gap else "no head of global average pooling and one linear layer.*use gradcam"
+
+
+def _without_attention(kind: Animal) -> str | None:
+    if kind.attends:
+        return None
+    return "(shows no attention between tokens|is not between the same tokens in all layers).*use gradcam"
+
+
+def _without_relus(kind: Animal) -> str | None:
+    if kind.activations == "other":
+        return "the model's activation '(gelu|hardswish)' is not a ReLU .*; use saliency, smoothgrad or integrated"
+    if kind.activations == "none":
+        return "calls no ReLU or variant of it whose gradient could be modified; use saliency or smoothgrad"
+    return None
+
+
+@dataclass(frozen=True)
+class Properties:
+    """What is true of a method.
+
+    Args:
+        linear: It is linear in the score: the map of minus the score is minus the map.
+        class_agnostic: The map is the same for every target.
+        classes_of_gap_head: It explains classes only, and only at the layer that is pooled.
+        modifies_relu: It modifies the gradient of ReLUs.
+        needs_double: Rounding errors of float32 exceed the tolerance of the tests.
+        zero_if_linear: The map of a linear model is zero.
+        refusal: The error for a model that the method cannot explain, as a regular expression, or None.
+    """
+
+    linear: bool = False
+    class_agnostic: bool = False
+    classes_of_gap_head: bool = False
+    modifies_relu: bool = False
+    needs_double: bool = False
+    zero_if_linear: bool = False
+    refusal: Callable[[Animal], str | None] = _no_refusal
+
+
+_PROPERTIES: dict[str, Properties] = {}
+
+
+def has(**properties: Any) -> Callable[[Reference], Reference]:
+    """Declare the properties of a method beside its reference."""
+
+    def declare(reference: Reference) -> Reference:
+        _PROPERTIES[reference.__name__] = Properties(**properties)
+        return reference
+
+    return declare
+
+
+def properties_of(name: str) -> Properties:
+    """Return the properties of a method."""
+    return _PROPERTIES.get(name, Properties())
+
+
+@has(linear=True, classes_of_gap_head=True, refusal=_without_gap_head)
 def cam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> Tensor:
     linear = [module.weight.detach() for module in model.modules() if isinstance(module, nn.Linear)]
     weight = linear[-1] if linear else torch.eye(int(targets.max()) + 1)
@@ -29,6 +98,7 @@ def cam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> Tensor
     return torch.stack(maps)
 
 
+@has(linear=True)
 def gradcam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> Tensor:
     maps = []
     for image, target in zip(images, targets.tolist(), strict=True):
@@ -40,7 +110,7 @@ def gradcam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> Te
 def gradcam_plus_plus(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> Tensor:
     maps = []
     for image, target in zip(images, targets.tolist(), strict=True):
-        activations, gradients = (each.double() for each in _layer(model, image, target, layer))
+        activations, gradients = (tensor.double() for tensor in _layer(model, image, target, layer))
         total = torch.zeros(activations.shape[1:], dtype=torch.float64)
         for a, g in zip(activations, gradients, strict=True):
             denominator = 2 * g**2 + a.sum() * g**3
@@ -50,6 +120,7 @@ def gradcam_plus_plus(model: nn.Module, images: Tensor, targets: Tensor, layer: 
     return torch.stack(maps)
 
 
+@has(linear=True)
 def hirescam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> Tensor:
     maps = []
     for image, target in zip(images, targets.tolist(), strict=True):
@@ -58,6 +129,7 @@ def hirescam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> T
     return torch.stack(maps)
 
 
+@has(linear=True)
 def xgradcam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> Tensor:
     maps = []
     for image, target in zip(images, targets.tolist(), strict=True):
@@ -75,12 +147,13 @@ def layercam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> T
     return torch.stack(maps)
 
 
+@has(class_agnostic=True)
 def eigencam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> Tensor:
     maps = []
     for image, target in zip(images, targets.tolist(), strict=True):
         activations, _ = _layer(model, image, target, layer)
-        places = activations.flatten(1).T.double()  # a row for each place
-        centred = places - places.mean(0)
+        positions = activations.flatten(1).T.double()  # a row for each position
+        centred = positions - positions.mean(0)
         component = torch.linalg.svd(centred).Vh[0]
         projected = centred @ component
         strength = component.mean() * len(component) ** 0.5  # the cosine between it and all ones
@@ -105,38 +178,40 @@ def scorecam(model: nn.Module, images: Tensor, targets: Tensor, layer: str, *, n
     return torch.stack(maps)
 
 
+@has(needs_double=True)
 def ablationcam(model: nn.Module, images: Tensor, targets: Tensor, layer: str) -> Tensor:
     model, maps = copy.deepcopy(model).eval(), []
     for image, target in zip(images, targets.tolist(), strict=True):
-        passing, _ = _passing(model, image, target, layer)
-        activations = _grid(passing)
+        raw, _ = _raw_layer(model, image, target, layer)
+        activations = _grid(raw)
         score = _score_of(model, image, target)
         weights = []
         for channel in range(len(activations)):
-            without = _score_of(model, image, target, layer, _ablated(passing, channel))
+            without = _score_of(model, image, target, layer, _ablated(raw, channel))
             weights.append((score - without) / score)
         maps.append(sum(w * a for w, a in zip(weights, activations, strict=True)))
     return torch.stack(maps)
 
 
+@has(class_agnostic=True, refusal=_without_attention)
 def attention_rollout(model: nn.Module, images: Tensor, targets: Tensor, layer: None = None) -> Tensor:
     """Of torchvision's and timm's VisionTransformer, by their projections."""
     maps = []
     for image in images:
-        own = copy.deepcopy(model).eval()
+        copied = copy.deepcopy(model).eval()
         inputs: list[Tensor] = []
-        if hasattr(own, "encoder"):
+        if hasattr(copied, "encoder"):
             packed = [
                 (block.ln_1, block.self_attention.in_proj_weight, block.self_attention.in_proj_bias)
-                for block in own.encoder.layers
+                for block in copied.encoder.layers
             ]
-            heads = own.encoder.layers[0].self_attention.num_heads
+            heads = copied.encoder.layers[0].self_attention.num_heads
         else:
-            packed = [(block.norm1, block.attn.qkv.weight, block.attn.qkv.bias) for block in own.blocks]
-            heads = own.blocks[0].attn.num_heads
+            packed = [(block.norm1, block.attn.qkv.weight, block.attn.qkv.bias) for block in copied.blocks]
+            heads = copied.blocks[0].attn.num_heads
         for norm, _, _ in packed:
             norm.register_forward_hook(lambda module, args, output, inputs=inputs: inputs.append(output.detach()[0]))
-        own(image[None])
+        copied(image[None])
         rollout = torch.eye(len(inputs[0]))
         for tokens, (_, weight, bias) in zip(inputs, packed, strict=True):
             query, key, _ = (tokens @ weight.T + bias).detach().chunk(3, dim=1)
@@ -151,6 +226,7 @@ def attention_rollout(model: nn.Module, images: Tensor, targets: Tensor, layer: 
     return nn.functional.interpolate(small[:, None], images.shape[2:], mode="bilinear")[:, 0]
 
 
+@has(linear=True)
 def saliency(
     model: nn.Module, images: Tensor, targets: Tensor, layer: None = None, *, channels: str | None = "max_abs"
 ) -> Tensor:
@@ -158,6 +234,7 @@ def saliency(
     return _reduced(torch.stack(gradients), channels)
 
 
+@has(linear=True)
 def smoothgrad(
     model: nn.Module,
     images: Tensor,
@@ -173,10 +250,11 @@ def smoothgrad(
         stream = torch.Generator().manual_seed(number)
         spread = noise_level * (image.max() - image.min())
         noisy = [image + spread * torch.randn(image.shape, generator=stream) for _ in range(n_samples)]
-        maps.append(sum(_pixels(model, each, target) for each in noisy) / n_samples)
+        maps.append(sum(_pixels(model, noisy_image, target) for noisy_image in noisy) / n_samples)
     return _reduced(torch.stack(maps), channels)
 
 
+@has(linear=True)
 def input_x_gradient(
     model: nn.Module, images: Tensor, targets: Tensor, layer: None = None, *, channels: str | None = "sum"
 ) -> Tensor:
@@ -184,6 +262,7 @@ def input_x_gradient(
     return _reduced(torch.stack(maps), channels)
 
 
+@has(zero_if_linear=True)
 def vargrad(
     model: nn.Module,
     images: Tensor,
@@ -199,10 +278,11 @@ def vargrad(
         stream = torch.Generator().manual_seed(number)
         spread = noise_level * (image.max() - image.min())
         noisy = [image + spread * torch.randn(image.shape, generator=stream) for _ in range(n_samples)]
-        maps.append(torch.stack([_pixels(model, each, target) for each in noisy]).var(0, correction=0))
+        maps.append(torch.stack([_pixels(model, noisy_image, target) for noisy_image in noisy]).var(0, correction=0))
     return _reduced(torch.stack(maps), channels)
 
 
+@has(linear=True)
 def integrated_gradients(
     model: nn.Module,
     images: Tensor,
@@ -220,12 +300,13 @@ def integrated_gradients(
     for image, target in zip(images, targets.tolist(), strict=True):
         total = torch.zeros_like(image)
         for point, vector in zip(points.tolist(), vectors.T, strict=True):
-            there = baseline + (point + 1) / 2 * (image - baseline)
-            total += float(vector[0]) ** 2 * _pixels(model, there, target)
+            interpolated = baseline + (point + 1) / 2 * (image - baseline)
+            total += float(vector[0]) ** 2 * _pixels(model, interpolated, target)
         maps.append((image - baseline) * total)
     return _reduced(torch.stack(maps), channels)
 
 
+@has(modifies_relu=True, refusal=_without_relus)
 def guided_backprop(
     model: nn.Module, images: Tensor, targets: Tensor, layer: None = None, *, channels: str | None = "max_abs"
 ) -> Tensor:
@@ -233,6 +314,7 @@ def guided_backprop(
         return saliency(model, images, targets, channels=channels)
 
 
+@has(modifies_relu=True, refusal=_without_relus)
 def deconvnet(
     model: nn.Module, images: Tensor, targets: Tensor, layer: None = None, *, channels: str | None = "max_abs"
 ) -> Tensor:
@@ -240,6 +322,7 @@ def deconvnet(
         return saliency(model, images, targets, channels=channels)
 
 
+@has(modifies_relu=True, refusal=_without_relus)
 def guided_gradcam(
     model: nn.Module, images: Tensor, targets: Tensor, layer: str, *, channels: str | None = "max_abs"
 ) -> Tensor:
@@ -248,6 +331,7 @@ def guided_gradcam(
     return _reduced(fine * nn.functional.interpolate(coarse, images.shape[2:], mode="bilinear"), channels)
 
 
+@has(linear=True)
 def occlusion(
     model: nn.Module,
     images: Tensor,
@@ -277,6 +361,7 @@ def occlusion(
     return torch.stack(maps)
 
 
+@has(linear=True)
 def rise(
     model: nn.Module,
     images: Tensor,
@@ -331,14 +416,14 @@ class _DeconvolvedReLU(torch.autograd.Function):
 
 @contextmanager
 def _relu_is(function: Any) -> Iterator[None]:
-    """Every way to call a ReLU that the zoo knows calls this; none of its models needs what it overwrites in place."""
+    """Replace every function by which models of the zoo call a ReLU; none of them relies on its in-place changes."""
 
     def relu(x: Tensor, inplace: bool = False) -> Tensor:
         return function.apply(x)
 
     with ExitStack() as stack:
-        for place, name in itertools.product((nn.functional, torch, Tensor), ("relu", "relu_")):
-            stack.enter_context(mock.patch.object(place, name, relu))
+        for namespace, name in itertools.product((nn.functional, torch, Tensor), ("relu", "relu_")):
+            stack.enter_context(mock.patch.object(namespace, name, relu))
         yield
 
 
@@ -351,7 +436,7 @@ def _pixels(model: nn.Module, image: Tensor, target: int) -> Tensor:
 
 
 def _layer(model: nn.Module, image: Tensor, target: int, layer: str) -> tuple[Tensor, Tensor]:
-    activations, gradients = _passing(model, image, target, layer)
+    activations, gradients = _raw_layer(model, image, target, layer)
     return _grid(activations), _grid(gradients)
 
 
@@ -363,7 +448,7 @@ def _grid(tensor: Tensor) -> Tensor:
     return tensor[1:].T.reshape(-1, side, side)
 
 
-def _passing(model: nn.Module, image: Tensor, target: int, layer: str) -> tuple[Tensor, Tensor]:
+def _raw_layer(model: nn.Module, image: Tensor, target: int, layer: str) -> tuple[Tensor, Tensor]:
     model = copy.deepcopy(model).eval()
     kept: list[Tensor] = []
 
@@ -380,9 +465,9 @@ def _passing(model: nn.Module, image: Tensor, target: int, layer: str) -> tuple[
     return kept[-1].detach()[0], gradient[0]
 
 
-def _ablated(passing: Tensor, channel: int) -> Tensor:
-    without = passing.clone()
-    if passing.ndim == 3:
+def _ablated(raw: Tensor, channel: int) -> Tensor:
+    without = raw.clone()
+    if raw.ndim == 3:
         without[channel] = 0
     else:
         without[:, channel] = 0
@@ -391,7 +476,7 @@ def _ablated(passing: Tensor, channel: int) -> Tensor:
 
 @torch.no_grad()
 def _score_of(model: nn.Module, image: Tensor, target: int, layer: str = "", instead: Tensor | None = None) -> float:
-    """The score of one image, by a model in eval mode; with other activations in place of the layer's last."""
+    """Return the score of one image, by a model in eval mode; with ``instead`` as the layer's last output."""
     calls: list[Tensor] = []
     if instead is not None:
         module = model.get_submodule(layer)

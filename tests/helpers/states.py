@@ -1,4 +1,4 @@
-"""Whether a model was left as it was found, told without any of the library's own code."""
+"""Comparison of a model's state before and after, independent of the library's code."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_TORCHS_OWN = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
+_TORCH_DICTIONARIES = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """Everything of a model, and of the process, that an explanation may not change."""
+    """Return all state of a model and of the process that an explanation must preserve."""
     state: dict[str, Any] = {
         "random": random.getstate(),
         "numpy": np.random.get_state()[1].copy(),  # type: ignore[index, union-attr]
@@ -25,8 +25,8 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     }
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            # What torch keeps (hooks, parameters, submodules) is compared by the identity of its entries.
-            state[f"{name}.{key}"] = _Same(list(value.items())) if key in _TORCHS_OWN else _copied(value)
+            # torch's dictionaries (hooks, parameters, submodules) are compared by the identity of their entries.
+            state[f"{name}.{key}"] = _Same(list(value.items())) if key in _TORCH_DICTIONARIES else _copied(value)
         for key, buffer in module._buffers.items():
             state[f"{name}.{key} value"] = _copied(buffer)
         for key, parameter in module._parameters.items():
@@ -41,7 +41,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """The names of what is not the same."""
+    """Return the names of what differs."""
     return sorted(
         name
         for name in before.keys() | after.keys()
@@ -60,6 +60,11 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         assert not changed, f"changed: {changed}"
 
 
+def hook_count(model: nn.Module) -> int:
+    """Return the number of forward hooks and forward pre-hooks of all submodules."""
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
 def assert_same(got: Tensor, expected: Tensor, share: float = 1e-4) -> None:
     """Fail where values differ by more than a share of the largest one, so that maps of tiny numbers count, too."""
     largest = expected.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
@@ -67,31 +72,31 @@ def assert_same(got: Tensor, expected: Tensor, share: float = 1e-4) -> None:
 
 
 def unsettle(model: nn.Module) -> None:
-    """Give a model state of every kind: mixed modes, gradients of some parameters, frozen ones, a user's hooks."""
+    """Set state of every kind: mixed modes, gradients of some parameters, frozen ones, a user's hooks."""
     for number, module in enumerate(model.modules()):
         module.training = number % 3 != 1
         if number % 3 == 0 and not module._forward_hooks:  # models are shared, so this is not their first test
-            module.register_forward_pre_hook(_listen)
-            module.register_forward_hook(_listen)
+            module.register_forward_pre_hook(_observe)
+            module.register_forward_hook(_observe)
     for number, parameter in enumerate(model.parameters()):
         parameter.grad = torch.full_like(parameter, number) if number % 2 else None
         parameter.requires_grad = number % 5 != 3
 
 
-def _listen(*passing: Any) -> None:
+def _observe(*args: Any) -> None:
     """A hook that changes nothing."""
 
 
 class _Same(list[Any]):
-    """Compared by the identity of its items."""
+    """A list that is compared by the identity of its items."""
 
 
 def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     if type(value) is dict:
-        return {key: _copied(each) for key, each in value.items()}
-    return [_copied(each) for each in value] if isinstance(value, list) else value
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -42,6 +42,16 @@ class Net(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         return self.wrap(self.head(self.features(images).mean((2, 3))))
+
+
+class CountingNet(Net):
+    """Counts its forward passes."""
+
+    calls = 0
+
+    def forward(self, images: Tensor) -> Any:
+        type(self).calls += 1
+        return super().forward(images)
 
 
 class Flattening(nn.Module):
@@ -115,7 +125,7 @@ def convnext() -> nn.Module:
 
 
 def mobilenet_v3() -> nn.Module:
-    """Its three kinds of blocks once each, so that copying it takes no time."""
+    """Each of its three kinds of blocks once, so that copying it is fast."""
     blocks = [
         InvertedResidualConfig(8, 3, 8, 8, True, "RE", 2, 1, 1),
         InvertedResidualConfig(8, 3, 24, 16, False, "RE", 2, 1, 1),
@@ -125,7 +135,7 @@ def mobilenet_v3() -> nn.Module:
 
 
 class SlimResNet(models.ResNet):
-    """ResNet-18 with an eighth of its channels, so that a slow reference comes to an end."""
+    """ResNet-18 with an eighth of its channels, so that slow references take seconds."""
 
     def __init__(self) -> None:
         super().__init__(models.resnet.BasicBlock, [2, 2, 2, 2], num_classes=CLASSES)
@@ -162,12 +172,13 @@ class Animal:
     """A model of the zoo.
 
     Args:
-        name: What the tests call it.
-        build: Makes a fresh one.
-        layer: What ``layer=None`` stands for; None where there is no such module.
+        name: Its name in the tests.
+        build: Makes a new one.
+        layer: The name of the layer that ``layer=None`` locates; None where that is no module.
         gap: Whether it ends in global average pooling and one linear layer.
-        spatial: Whether ``layer=None`` stands for anything.
+        spatial: Whether ``layer=None`` locates anything.
         attends: Whether it has attention between all its tokens.
+        activations: ``"relu"``: ReLUs and gates only; ``"other"``: others, too; ``"none"``: it is linear.
         size: (H, W) of its images.
     """
 
@@ -177,11 +188,12 @@ class Animal:
     gap: bool = False
     spatial: bool = True
     attends: bool = False
+    activations: Literal["relu", "other", "none"] = "relu"
     size: tuple[int, int] = (32, 32)
 
     @property
     def model(self) -> nn.Module:
-        """One for all tests: no explanation may change it."""
+        """The one instance that all tests share: no explanation may change it."""
         return _living(self)
 
     def images(self, n: int = 3) -> Tensor:
@@ -196,10 +208,10 @@ def _living(animal: Animal) -> nn.Module:
         model = animal.build().eval()
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         for norm in norms:
-            norm.momentum = None  # the statistics of the one pass
+            norm.momentum = None  # the statistics of a single pass
             norm.train()
-        model(animal.images(16))  # a deep net whose norms never saw an image lets nothing through
-        for norm in norms:  # but not the images' own: a norm that is left in training mode must be seen
+        model(animal.images(16))  # with untrained statistics, activations of deep nets vanish
+        for norm in norms:  # not those of the images, so that a norm in training mode changes the result
             norm.running_mean += 0.1 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
             norm.running_var *= torch.empty_like(norm.running_var).uniform_(0.5, 1.5)
         return model.train()
@@ -217,9 +229,9 @@ ANIMALS = [
         None,
         gap=True,
     ),
-    Animal("mobilenet_v3", mobilenet_v3, "features"),
+    Animal("mobilenet_v3", mobilenet_v3, "features", activations="other"),
     Animal("squeezenet", partial(models.squeezenet1_1, num_classes=CLASSES), "classifier.2", gap=True, size=(64, 64)),
-    Animal("convnext", convnext, "features"),
+    Animal("convnext", convnext, "features", activations="other"),
     Animal("flattening", Flattening, None),
     Animal("repeating", Repeating, "block", gap=True),
     Animal("dict", partial(Net, wrap=lambda x: {"features": x[:, :2].sigmoid(), "logits": x}), gap=True),
@@ -230,12 +242,18 @@ ANIMALS = [
     Animal("frozen", frozen, gap=True),
     Animal("overwriting", Overwriting, gap=True),
     Animal("checkpointed", partial(Checkpointed, use_reentrant=False), "last", gap=True),
-    Animal("vit", vit, "encoder.layers.encoder_layer_1.ln_1", attends=True),
-    Animal("timm_vit", timm_vit, "blocks.1.norm1", attends=True),
-    Animal("swin", swin, "permute", gap=True),
-    Animal("mlp", lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, CLASSES)), None, spatial=False),
+    Animal("vit", vit, "encoder.layers.encoder_layer_1.ln_1", attends=True, activations="other"),
+    Animal("timm_vit", timm_vit, "blocks.1.norm1", attends=True, activations="other"),
+    Animal("swin", swin, "permute", gap=True, activations="other"),
+    Animal(
+        "mlp",
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, CLASSES)),
+        None,
+        spatial=False,
+        activations="none",
+    ),
 ]
 
 
 def animal(name: str) -> Animal:
-    return next(each for each in ANIMALS if each.name == name)
+    return next(kind for kind in ANIMALS if kind.name == name)

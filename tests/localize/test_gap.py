@@ -37,10 +37,10 @@ def resnet() -> nn.Module:
 
 
 def logits_of(output: object) -> Tensor:
-    found = output["logits"] if isinstance(output, dict) else getattr(output, "logits", output)
-    found = found[0] if isinstance(found, tuple) else found
-    assert isinstance(found, Tensor)
-    return found[:, None] if found.ndim == 1 else found
+    logits = output["logits"] if isinstance(output, dict) else getattr(output, "logits", output)
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    assert isinstance(logits, Tensor)
+    return logits[:, None] if logits.ndim == 1 else logits
 
 
 @torch.no_grad()
@@ -57,10 +57,10 @@ def check_identity(adapted: GAPClassifier, images: Tensor) -> None:
     assert torch.equal(adapted(images.clone()), logits)
 
 
-# ---- what it makes of classifiers
+# ---- adapted classifiers
 
 
-@pytest.mark.parametrize("kind", [each for each in ANIMALS if each.name != "mlp"], ids=lambda each: each.name)
+@pytest.mark.parametrize("kind", [animal for animal in ANIMALS if animal.name != "mlp"], ids=lambda animal: animal.name)
 def test_the_mean_of_a_map_is_its_logit(kind: Animal) -> None:
     model, images = kind.model, kind.images()
     with unchanged(model):
@@ -72,8 +72,8 @@ def test_the_mean_of_a_map_is_its_logit(kind: Animal) -> None:
     model.eval()
     with torch.no_grad():
         expected = logits_of(model(images.clone()))
-        found = adapted(images.clone())
-    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+        logits = adapted(images.clone())
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @pytest.mark.matrix
@@ -86,10 +86,10 @@ def test_the_zoo(library: str, name: str) -> None:
     adapted = adapt(model, sample=images[:1])
     check_identity(adapted, images)
     with torch.no_grad():
-        expected, found = model(images), adapted(images)
+        expected, logits = model(images), adapted(images)
     assert expected.abs().max() > 1e-3
     if "a new head" not in adapted.summary:
-        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+        assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert adapted.features(images).shape[2:].numel() >= 16
 
 
@@ -195,6 +195,31 @@ class Deciding(Net):
         return self.head(x.mean((2, 3)))
 
 
+class Stash(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x
+        return x
+
+
+class Stashing(Deciding):
+    """It keeps a tensor, which is a proxy while it is traced, and then cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Sequential(self.second, Stash())
+
+
+class TwoWays(Net):
+    """Its graphs of the two modes differ by more than flags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second[2].p = 0.0
+
+    def features(self, images: Tensor) -> Tensor:
+        return super().features(images.flip(3) if self.training else images)
+
+
 BUILDS: list[Callable[[], nn.Module]] = [
     *(Net, Flattening, Deciding, Auxiliary, vgg, convnext, vit, swin, partial(Checkpointed, use_reentrant=False)),
     partial(models.squeezenet1_1, num_classes=CLASSES),
@@ -208,7 +233,7 @@ def test_every_parameter_learns(build: Callable[[], nn.Module]) -> None:
     adapted = adapt(build(), 4, sample=IMAGES).train()
     nn.init.normal_(adapted.head.weight)
     F.cross_entropy(adapted(torch.cat([IMAGES, IMAGES])), torch.tensor([0, 1, 2, 3])).backward()
-    assert [name for name, each in adapted.named_parameters() if each.grad is None] == []
+    assert [name for name, parameter in adapted.named_parameters() if parameter.grad is None] == []
 
 
 @over_builds
@@ -250,7 +275,21 @@ def test_trains_under_bf16_autocast() -> None:
     assert not torch.equal(adapted.head.weight, before)
 
 
-# ---- what it keeps
+def test_a_proxy_of_the_trace_does_not_stay_on_the_model() -> None:
+    adapted = adapt(Stashing(), 4, sample=IMAGES)
+    stash = next(module for module in adapted.modules() if isinstance(module, Stash))
+    assert not isinstance(getattr(stash, "last", None), torch.fx.Proxy)
+
+
+def test_modes_that_differ_by_more_than_flags_are_both_kept() -> None:
+    model = TwoWays()
+    adapted = adapt(model, 4, sample=IMAGES)
+    for training in (False, True):
+        features = adapted.train(training).features(IMAGES)
+        torch.testing.assert_close(features, model.train(training).features(IMAGES))
+
+
+# ---- what is kept
 
 
 def test_keeps_frozen_parts_and_modes() -> None:
@@ -295,7 +334,7 @@ def test_adapting_twice_changes_nothing() -> None:
     assert other(IMAGES).shape == (2, 7)
 
 
-# ---- what can be asked for
+# ---- options
 
 
 def test_conv_channels_adds_the_papers_convolution() -> None:
@@ -363,19 +402,19 @@ def test_transformers_have_no_finer_maps(build: Callable[[], nn.Module]) -> None
         adapt(build(), 2, sample=IMAGES, output_stride=8)
 
 
-# ---- what it refuses
+# ---- errors
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_classes": 0}, "num_classes takes a positive integer or None, got 0"),
-        ({"num_classes": 2.0}, "num_classes takes a positive integer or None, got 2.0"),
-        ({"conv_channels": -1}, "conv_channels takes a positive integer or None, got -1"),
+        ({"num_classes": 0}, "num_classes takes a positive integer, got 0"),
+        ({"num_classes": 2.0}, "num_classes takes a positive integer, got 2.0"),
+        ({"conv_channels": -1}, "conv_channels takes a positive integer, got -1"),
         ({"output_stride": 4}, "output_stride takes 8, 16 or None, got 4"),
         ({"dropout": 1.0}, "dropout takes a probability"),
         ({"layer": "layer5"}, "there is no layer 'layer5' in ResNet; did you mean 'layer4'"),
-        ({"layer": "fc"}, r"'fc' gives \(2, 3\), which has no places in the image"),
+        ({"layer": "fc"}, r"'fc' gives \(2, 3\), which has no spatial positions"),
         ({"sample": torch.rand(3, 32, 32)}, "images are a floating tensor"),
     ],
 )

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_interp import ConfigurationError
+from lightning_interp.explain.maps import normalize_maps
 from lightning_interp.localize import fit_threshold, maps_to_boxes, maps_to_masks
-from lightning_interp.localize.boxes import best_threshold, normalize, threshold_grid
+from lightning_interp.localize.boxes import normalize
 from lightning_interp.localize.components import component_tree
+from lightning_interp.localize.thresholds import best_threshold, threshold_grid
 from tests.helpers.box_sweep import coarse_maps, components_at, iou, largest_at, smooth_maps
 
 
@@ -39,10 +41,10 @@ def test_the_tree_holds_what_labels_find_at_every_level(drawn: tuple[np.ndarray,
     levels, n = drawn
     tree = component_tree(levels, n)
     for level in range(1, n + 1):
-        there = (tree.lowest <= level) & (level <= tree.highest)
-        rows = zip(tree.boxes[there].tolist(), tree.half_areas[there], tree.counts[there], strict=True)
-        found = sorted((box, int(area), int(count)) for box, area, count in rows)
-        assert found == sorted(components_at(levels >= level))
+        has_level = (tree.lowest <= level) & (level <= tree.highest)
+        rows = zip(tree.boxes[has_level].tolist(), tree.half_areas[has_level], tree.counts[has_level], strict=True)
+        components = sorted((box, int(area), int(count)) for box, area, count in rows)
+        assert components == sorted(components_at(levels >= level))
         assert tree.largest_boxes()[level - 1].tolist() == largest_at(levels >= level)
 
 
@@ -68,9 +70,9 @@ def test_the_trees_boxes_are_those_of_each_threshold_by_itself(name: str, normal
     maps = fields()[name]
     grid = threshold_grid(60)
     levels = torch.bucketize(normalize(maps, normalization), grid).numpy()
-    swept = torch.stack([maps_to_boxes(maps, float(each), normalization=normalization) for each in grid], 1)
-    for level, own in zip(levels, swept, strict=True):
-        assert component_tree(level, 60).largest_boxes().tolist() == own.tolist()
+    swept = torch.stack([maps_to_boxes(maps, float(threshold), normalization=normalization) for threshold in grid], 1)
+    for level, boxes in zip(levels, swept, strict=True):
+        assert component_tree(level, 60).largest_boxes().tolist() == boxes.tolist()
 
 
 def test_the_best_value_of_a_level_is_that_of_the_components_there() -> None:
@@ -78,7 +80,7 @@ def test_the_best_value_of_a_level_is_that_of_the_components_there() -> None:
     tree = component_tree(levels, 37)
     values = np.random.default_rng(0).random(len(tree.boxes))
     slow = [values[(tree.lowest <= level) & (level <= tree.highest)].max() for level in range(1, 38)]
-    assert tree.best(values, 0.0).tolist() == slow
+    assert tree.max_per_level(values, 0.0).tolist() == slow
 
 
 # Masks and boxes
@@ -126,6 +128,19 @@ def test_one_pixel_that_is_not_a_number_spoils_its_map_alone() -> None:
     assert maps_to_boxes(maps).tolist() == [[0, 0, 0, 0], [0, 0, 4, 4]]
 
 
+@pytest.mark.parametrize(("normalization", "mode"), [("relu_max", "relu"), ("min_max", "min_max")])
+def test_finite_maps_are_normalised_as_everywhere_in_the_package(normalization: str, mode: str) -> None:
+    maps = torch.randn(3, 6, 7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(normalize(maps, normalization), normalize_maps(maps, mode), rtol=1e-6, atol=1e-7)
+
+
+def test_infinities_and_huge_differences() -> None:
+    low, high = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
+    maps = torch.tensor([[[-torch.inf, 1.0, 2.0]], [[low, 0.0, high]]])
+    assert normalize(maps).tolist() == [[[0, 0.5, 1]], [[0, 0, 1]]]
+    assert normalize(maps, "min_max").tolist() == [[[0, 0, 0]], [[0, 0.5, 1]]]
+
+
 def test_the_largest_component_is_largest_by_area_not_by_pixels() -> None:
     maps = torch.zeros(1, 12, 12)
     maps[0, 1, :] = 1.0  # twelve pixels in a line: area 0
@@ -153,19 +168,19 @@ def test_boxes_keep_no_graph_and_take_any_floating_type() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({"maps": torch.zeros(2, 3, 8, 8)}, r"\(N, H, W\).*float32 \(2, 3, 8, 8\)"),
         ({"maps": torch.zeros(2, 8, 8, dtype=torch.uint8)}, "floating"),
-        ({"threshold": 1.0}, "0 <= threshold < 1; got 1.0"),
+        ({"threshold": 1.0}, "0 <= threshold < 1, got 1.0"),
         ({"threshold": 20}, "got 20"),
         ({"threshold": float("nan")}, "got nan"),
         ({"components": "biggest"}, "'largest' or 'all', got 'biggest'"),
         ({"normalization": "softmax"}, "'relu_max' or 'min_max', got 'softmax'"),
     ],
 )
-def test_wrong_arguments_are_named(arguments: dict[str, object], says: str) -> None:
-    with pytest.raises(ConfigurationError, match=says):
+def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
         maps_to_boxes(**{"maps": torch.zeros(2, 8, 8), **arguments})
 
 
@@ -194,11 +209,11 @@ def test_the_fitted_threshold_beats_or_equals_every_other() -> None:
     boxes[::3] = maps_to_boxes(maps, 0.1)[::3]
 
     def hits(threshold: float) -> int:
-        found = maps_to_boxes(maps, threshold).tolist()
-        return sum(iou(*pair) >= 0.8 for pair in zip(found, boxes.tolist(), strict=True))
+        predicted = maps_to_boxes(maps, threshold).tolist()
+        return sum(iou(*pair) >= 0.8 for pair in zip(predicted, boxes.tolist(), strict=True))
 
     fitted = hits(fit_threshold(maps, boxes, iou=0.8, n_thresholds=50))
-    assert fitted == max(hits(float(each)) for each in threshold_grid(50))
+    assert fitted == max(hits(float(threshold)) for threshold in threshold_grid(50))
     assert fitted > hits(0.8)
 
 

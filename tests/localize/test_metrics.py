@@ -1,4 +1,4 @@
-"""The localisation scores: closed forms, the published sweep, exactness over batches and ranks, bad input."""
+"""The localisation metrics: closed forms, the published sweep, exactness over batches and ranks, invalid input."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_average_precision
 
 from lightning_interp import ConfigurationError
+from lightning_interp.explain.maps import resize_maps
 from lightning_interp.localize import (
     EnergyPointingGame,
     MaxBoxAccuracy,
@@ -30,18 +31,18 @@ from lightning_interp.localize import (
     pixel_average_precision,
     pointing_game,
 )
-from lightning_interp.localize.boxes import threshold_grid
+from lightning_interp.localize.thresholds import threshold_grid
 from tests.helpers.box_sweep import all_contour_boxes, coarse_maps, components_at, contour_boxes, iou, smooth_maps
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-FOUND = (DATA / "oxford-iiit-pet" / "annotations" / "boxes.csv").exists()
+HAS_DATA = (DATA / "oxford-iiit-pet" / "annotations" / "boxes.csv").exists()
 
 
 def some_boxes(maps: Tensor, seed: int = 0) -> Tensor:
-    """What the maps find at different thresholds, moved: for a box accuracy neither 0 nor 1."""
+    """The maps' boxes at different thresholds, moved: for a box accuracy between 0 and 1."""
     (n, height, width), generator = maps.shape, torch.Generator().manual_seed(seed)
-    found = torch.cat([maps_to_boxes(each[None], 0.1 + 0.6 * i / n) for i, each in enumerate(maps)])
-    low, high = (found + width / 14 * torch.randn(n, 4, generator=generator)).split(2, 1)
+    boxes = torch.cat([maps_to_boxes(image_map[None], 0.1 + 0.6 * i / n) for i, image_map in enumerate(maps)])
+    low, high = (boxes + width / 14 * torch.randn(n, 4, generator=generator)).split(2, 1)
     low = torch.minimum(low.clamp(min=0), torch.tensor([width, height]) - 4.0)
     return torch.cat([low, torch.minimum(torch.maximum(high, low + 4), torch.tensor([width, height]))], 1)
 
@@ -70,10 +71,10 @@ def arguments(names: tuple[str, ...]) -> list[Tensor]:
 
 
 def scores(metric: Metric) -> dict[str, float]:
-    found = {"score": metric.compute(), **metric.baselines()}
+    values = {"score": metric.compute(), **metric.baselines()}
     if isinstance(metric, MaxBoxAccuracy):
-        found["threshold"] = torch.tensor(metric.best_threshold())
-    return {name: float(value) for name, value in found.items()}
+        values["threshold"] = torch.tensor(metric.best_threshold())
+    return {name: float(value) for name, value in values.items()}
 
 
 # Over batches and ranks
@@ -86,7 +87,7 @@ def test_batches_do_not_matter(name: str) -> None:
     given = arguments(names)
     whole.update(*given)
     for share in (slice(5, 9), slice(0, 1), slice(1, 5)):
-        parts.update(*(each[share] for each in given))
+        parts.update(*(tensor[share] for tensor in given))
     assert scores(parts) == scores(whole)
     assert 0 < scores(whole)["score"] < 1
 
@@ -100,18 +101,18 @@ def test_ranks_do_not_matter(name: str, split: int) -> None:
     whole.update(*given)
     for rank, share in zip(ranks, (slice(0, split), slice(split, 9)), strict=True):
         if split < 9 or rank is ranks[0]:
-            rank.update(*(each[share] for each in given))
+            rank.update(*(tensor[share] for tensor in given))
     states = [dict(rank._defaults) | {key: getattr(rank, key) for key in rank._defaults} for rank in ranks]
 
-    def gather(own: Tensor, group: Any = None) -> list[Tensor]:
+    def gather(sent: Tensor, group: Any = None) -> list[Tensor]:
         # What the other rank sends: its state, or torchmetrics' empty float32 where it saw no image.
-        (key,) = [key for key in states[1] if same(getattr(ranks[0], key), own)]
+        (key,) = [key for key in states[1] if same(getattr(ranks[0], key), sent)]
         other = states[1][key]
         if isinstance(other, list):
             other = torch.cat(other) if other else torch.tensor([], dtype=ranks[1].dtype)
-        assert other.dtype == own.dtype
-        assert other.ndim == own.ndim
-        return [own, other]
+        assert other.dtype == sent.dtype
+        assert other.ndim == sent.ndim
+        return [sent, other]
 
     ranks[0].distributed_available_fn = lambda: True
     ranks[0].dist_sync_fn = gather
@@ -130,7 +131,7 @@ def test_reset_forgets_and_forward_scores_the_batch(name: str) -> None:
     given = arguments(names)
     metric.update(*given)
     metric.reset()
-    part = [each[:4] for each in given]
+    part = [tensor[:4] for tensor in given]
     fresh.update(*part)
     assert float(metric(*part)) == scores(fresh)["score"]
     assert scores(metric) == scores(fresh)
@@ -140,9 +141,9 @@ def test_reset_forgets_and_forward_scores_the_batch(name: str) -> None:
 def test_nothing_scores_nan(name: str) -> None:
     metric = CASES[name][0]()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The ``compute`` method", UserWarning)  # torchmetrics' own
+        warnings.filterwarnings("ignore", "The ``compute`` method", UserWarning)  # of torchmetrics
         assert math.isnan(metric.compute())
-    assert all(math.isnan(each) for each in metric.baselines().values())
+    assert all(math.isnan(value) for value in metric.baselines().values())
 
 
 def test_the_functions_say_what_the_metrics_say() -> None:
@@ -157,8 +158,8 @@ def test_the_functions_say_what_the_metrics_say() -> None:
         (PointingGame(3), (masks,), pointing_game(maps, masks, tolerance=3)),
         (EnergyPointingGame(), (boxes,), energy_pointing_game(maps, boxes)),
     ]
-    for metric, truth, expected in pairs:
-        metric.update(maps, *truth)
+    for metric, targets, expected in pairs:
+        metric.update(maps, *targets)
         assert torch.equal(metric.compute(), expected)
 
 
@@ -167,16 +168,16 @@ def test_the_functions_say_what_the_metrics_say() -> None:
 
 def slow_accuracy(maps: Tensor, boxes: Tensor, version: int, n: int) -> float:
     best = []
-    for wanted in {1: [0.5], 2: [0.3, 0.5, 0.7]}[version]:
+    for smallest in {1: [0.5], 2: [0.3, 0.5, 0.7]}[version]:
         hits = np.zeros(n)
         for index, threshold in enumerate(threshold_grid(n)):
             if version == 1:
-                found = [[box] for box in maps_to_boxes(maps, float(threshold)).tolist()]
+                candidates_per_map = [[box] for box in maps_to_boxes(maps, float(threshold)).tolist()]
             else:
                 masks = maps_to_masks(maps, float(threshold)).numpy()
-                found = [[box for box, _, _ in components_at(mask)] for mask in masks]
-            for candidates, true in zip(found, boxes.tolist(), strict=True):
-                hits[index] += any(iou(box, true) >= wanted for box in candidates)
+                candidates_per_map = [[box for box, _, _ in components_at(mask)] for mask in masks]
+            for candidates, target in zip(candidates_per_map, boxes.tolist(), strict=True):
+                hits[index] += any(iou(box, target) >= smallest for box in candidates)
         best.append(hits.max() / len(maps))
     return float(np.mean(best))
 
@@ -245,19 +246,19 @@ def test_box_accuracy_is_within_half_a_point_of_the_contour_sweep(kind: str) -> 
     pytest.importorskip("cv2")
     maps = coarse_maps(200, 64) if kind == "coarse" else smooth_maps(200, 64, 7.0)
     boxes = some_boxes(maps)
-    theirs = swept(maps, boxes)
-    assert 0.2 < theirs < 0.98
-    ours = max_box_accuracy(maps, boxes, n_thresholds=200).item()
-    assert ours == pytest.approx(theirs, abs=0.0051)  # one of the 200 images
+    reference = swept(maps, boxes)
+    assert 0.2 < reference < 0.98
+    accuracy = max_box_accuracy(maps, boxes, n_thresholds=200).item()
+    assert accuracy == pytest.approx(reference, abs=0.0051)  # one of the 200 images
 
 
 def swept(maps: Tensor, boxes: Tensor, n_thresholds: int = 200) -> float:
     from torchvision.ops import box_iou
 
     hits = torch.zeros(n_thresholds)
-    for each, true in zip(maps.numpy(), boxes, strict=True):
-        found = torch.from_numpy(contour_boxes(each, n_thresholds)).double()
-        hits += box_iou(found, true[None].double())[:, 0] >= 0.5
+    for image_map, target in zip(maps.numpy(), boxes, strict=True):
+        found_boxes = torch.from_numpy(contour_boxes(image_map, n_thresholds)).double()
+        hits += box_iou(found_boxes, target[None].double())[:, 0] >= 0.5
     return float(hits.max() / len(maps))
 
 
@@ -266,11 +267,11 @@ def test_version_2_is_that_of_the_contour_sweep() -> None:
     maps = (coarse_maps(12, 48, 8) * 255).floor() / 255  # contours are drawn of 8 bit images
     boxes = some_boxes(maps)
     best = []
-    for wanted in (0.3, 0.5, 0.7):
+    for smallest in (0.3, 0.5, 0.7):
         hits = np.zeros(255)
-        for each, true in zip(maps.numpy(), boxes.tolist(), strict=True):
-            at = all_contour_boxes(each, 255)
-            hits += [any(iou(box, true) >= wanted for box in found) for found in at]
+        for image_map, target in zip(maps.numpy(), boxes.tolist(), strict=True):
+            sweep = all_contour_boxes(image_map, 255)
+            hits += [any(iou(box, target) >= smallest for box in found_boxes) for found_boxes in sweep]
         best.append(hits.max() / 12)
     assert max_box_accuracy(maps, boxes, version=2, n_thresholds=255).item() == pytest.approx(np.mean(best), abs=0.005)
     assert best[0] > best[2]
@@ -333,8 +334,8 @@ def test_the_point_may_lie_as_far_off_as_the_tolerance(x: int, hit: bool) -> Non
     box = torch.tensor([[10, 10, 20, 20]])  # its pixels are 10 to 19
     mask = torch.zeros(1, 40, 40, dtype=torch.bool)
     mask[0, 10:20, 10:20] = True
-    for truth in (box, mask):
-        assert pointing_game(maps, truth, tolerance=3) == hit
+    for target in (box, mask):
+        assert pointing_game(maps, target, tolerance=3) == hit
 
 
 def test_the_usual_tolerance_is_15_pixels_at_224() -> None:
@@ -402,35 +403,35 @@ BOX_METRICS = [MaxBoxAccuracy, PointingGame, EnergyPointingGame]
 
 @pytest.mark.parametrize("metric", BOX_METRICS)
 @pytest.mark.parametrize(
-    ("boxes", "says"),
+    ("boxes", "message"),
     [
         (torch.tensor([[0, 0, 4, 4], [1, 2, 11, 5]]), r"box \(1, 2, 11, 5\) of image 1.*10 x 8 pixels"),
         (torch.tensor([[-2, 0, 4, 4], [1, 2, 3, 5]]), r"box \(-2, 0, 4, 4\) of image 0.*scale them"),
         (torch.tensor([[0.0, 0.0, float("nan"), 4.0], [1, 2, 3, 5]]), "of image 0"),
         (torch.tensor([[0, 0, 4, 4], [5, 2, 5, 5]]), r"box \(5, 2, 5, 5\) of image 1 is empty.*x1 < x2"),
-        (torch.tensor([[0, 0, 4, 4]]), r"\(N, 4\).*N = 2"),
-        ([torch.tensor([[0, 0, 4, 4]])], "boxes of 2 images are expected.*got 1"),
+        (torch.tensor([[0, 0, 4, 4]]), r"a tensor \(2, 4\).*got int64 \(1, 4\)"),
+        ([torch.tensor([[0, 0, 4, 4]])], r"a list of 2 tensors \(M, 4\); got list \(int64 \(1, 4\)\)"),
         ([torch.tensor([[0, 0, 4, 4]]), torch.zeros(0, 4)], "image 1 has no box"),
-        ([torch.tensor([[0, 0, 4, 4]]), torch.zeros(4)], r"boxes of image 1.*\(M, 4\)"),
+        ([torch.tensor([[0, 0, 4, 4]]), torch.zeros(5)], r"\(M, 4\); got float32 \(5,\) for image 1"),
         ([[0, 0, 4, 4], [0, 0, 4, 4]], "got list"),
     ],
 )
-def test_wrong_boxes_are_named(metric: type[Metric], boxes: Any, says: str) -> None:
-    with pytest.raises(ConfigurationError, match=says):
+def test_wrong_boxes_are_named(metric: type[Metric], boxes: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
         metric().update(torch.ones(2, 8, 10), boxes)
 
 
 @pytest.mark.parametrize("metric", [PixelAveragePrecision, PointingGame, EnergyPointingGame])
 @pytest.mark.parametrize(
-    ("masks", "says"),
+    ("masks", "message"),
     [
         (torch.ones(2, 10, 8, dtype=torch.bool), r"\(2, 8, 10\).*\(2, 10, 8\)"),
         (torch.ones(1, 8, 10, dtype=torch.bool), r"\(2, 8, 10\)"),
         (torch.ones(2, 8, 10), "masks == 1"),
     ],
 )
-def test_wrong_masks_are_named(metric: type[Metric], masks: Tensor, says: str) -> None:
-    with pytest.raises(ConfigurationError, match=says):
+def test_wrong_masks_are_named(metric: type[Metric], masks: Tensor, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
         metric().update(torch.ones(2, 8, 10), masks)
 
 
@@ -449,9 +450,9 @@ def test_wrong_pixels_to_ignore_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
-        (lambda: MaxBoxAccuracy(3), "version must be 1 or 2, got 3"),
+        (lambda: MaxBoxAccuracy(3), "version takes 1 or 2, got 3"),
         (lambda: MaxBoxAccuracy(n_thresholds=0), "n_thresholds.*got 0"),
         (lambda: MaxBoxAccuracy(normalization="max"), "'relu_max' or 'min_max'"),
         (lambda: PixelAveragePrecision(n_thresholds=1.5), "n_thresholds.*got 1.5"),
@@ -460,8 +461,8 @@ def test_wrong_pixels_to_ignore_are_named() -> None:
         (lambda: PointingGame(True), "tolerance.*got True"),
     ],
 )
-def test_wrong_options_are_named_at_once(make: Callable[[], Metric], says: str) -> None:
-    with pytest.raises(ConfigurationError, match=says):
+def test_wrong_options_are_named_at_once(make: Callable[[], Metric], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
         make()
 
 
@@ -486,14 +487,14 @@ def test_a_box_may_lose_a_little_to_rounding() -> None:
 
 
 @pytest.mark.real_data
-@pytest.mark.skipif(not FOUND, reason=f"the photographs of {DATA} are not there")
+@pytest.mark.skipif(not HAS_DATA, reason=f"no photographs at {DATA}")
 def test_the_pets_of_the_photographs_are_found() -> None:
     pytest.importorskip("cv2")
     maps, boxes = pets("test", 24)
     # Of 8 bits, as the contours' images: rounding alone moves a photograph or two across the border of IoU 0.5.
-    rough = (maps * 255).floor() / 255
-    theirs = swept(rough, boxes, 255)
-    assert max_box_accuracy(rough, boxes, n_thresholds=255).item() == pytest.approx(theirs, abs=0.005)
+    quantized = (maps * 255).floor() / 255
+    reference = swept(quantized, boxes, 255)
+    assert max_box_accuracy(quantized, boxes, n_thresholds=255).item() == pytest.approx(reference, abs=0.005)
     assert max_box_accuracy(maps, boxes) >= 0.85
     assert pointing_game(maps, boxes) >= 0.95
 
@@ -523,6 +524,6 @@ def pets(split: str, count: int) -> tuple[Tensor, Tensor]:
         boxes.append([float(row[key]) * scale for key, scale in scales.items()])
     with torch.no_grad():
         coarse = model.eval().classifier[:2](model.features(torch.stack(images))).relu()
-        own = coarse[torch.arange(len(coarse)), coarse.mean((2, 3)).argmax(1)]
-        maps = torch.nn.functional.interpolate(own[:, None], (224, 224), mode="bilinear")[:, 0]
+        class_maps = coarse[torch.arange(len(coarse)), coarse.mean((2, 3)).argmax(1)]
+        maps = resize_maps(class_maps, (224, 224))
     return maps / maps.amax((1, 2), keepdim=True), torch.tensor(boxes)

@@ -309,7 +309,7 @@ def test_entering_again_does_nothing(module: Module, monkeypatch: pytest.MonkeyP
     assert snapshots[2:] == [module.net]
 
 
-def test_a_larger_module_is_guarded_inside_a_smaller_one(module: Module) -> None:
+def test_a_larger_module_is_preserved_inside_a_smaller_one(module: Module) -> None:
     with unchanged(module), preserve_state(module.net):
         with preserve_state(module):
             assert not module.training

@@ -17,7 +17,7 @@ from lightning_interp.callbacks.monitors._map_method import MapMethod, Method
 from lightning_interp.checks import check_fraction
 from lightning_interp.data.probe import Probe
 from lightning_interp.model.trace import Trace
-from lightning_interp.render import ColorScale, check_colormap, enlarge, normalize_maps, overlay, tile_grid
+from lightning_interp.render import ColorScale, check_colormap, enlarge, overlay, tile_grid
 from lightning_interp.sinks.records import Picture
 
 __all__ = ["CAMMonitor"]
@@ -57,14 +57,7 @@ class CAMMonitor(ProbeMonitor):
     """
 
     kind = "cam"
-    methods: ClassVar = {
-        each.name: each
-        for each in (
-            *(explain.cam, explain.gradcam, explain.gradcam_plus_plus, explain.hirescam, explain.xgradcam),
-            *(explain.layercam, explain.eigencam, explain.scorecam, explain.ablationcam, explain.attention_rollout),
-            explain.rise,
-        )
-    }
+    methods: ClassVar = {name: method for name, method in explain.explainers().items() if method.family != "gradients"}
 
     def __init__(
         self,
@@ -110,7 +103,7 @@ class CAMMonitor(ProbeMonitor):
     def draw(self, outputs: Mapping[str, Tensor], probe: Probe) -> Iterator[Picture]:
         """One grid of all images."""
         has_zero = self.map_method.has_zero
-        heat = normalize_maps(outputs["maps"], "relu" if has_zero else "min_max")
+        heat = explain.normalize_maps(outputs["maps"], "relu" if has_zero else "min_max")
         tiles = overlay(enlarge(probe.to_display()), heat, self.cmap, self.alpha)
         label = f"{self.map_method.name}, {scale_of(self.map_method)[0].lower()}{scale_of(self.map_method)[1:]}"
         scale = ColorScale(self.cmap, "0" if has_zero else "min", "max", label)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 from torchmetrics import MetricCollection
 from torchvision.ops import box_iou, masks_to_boxes
 from typing_extensions import Unpack
@@ -22,7 +21,7 @@ from lightning_interp.checks import check_fraction
 from lightning_interp.data.annotations import Annotations
 from lightning_interp.data.probe import Probe
 from lightning_interp.errors import ConfigurationError
-from lightning_interp.explain import cam, gradcam
+from lightning_interp.explain import cam, gradcam, normalize_maps, resize_maps
 from lightning_interp.localize import (
     EnergyPointingGame,
     GAPClassifier,
@@ -34,7 +33,7 @@ from lightning_interp.localize import (
 )
 from lightning_interp.model.targets import Targets, resolve_classes
 from lightning_interp.model.trace import LayerSpec, Trace
-from lightning_interp.render import ColorScale, check_colormap, draw_boxes, enlarge, normalize_maps, overlay, tile_grid
+from lightning_interp.render import ColorScale, check_colormap, draw_boxes, enlarge, overlay, tile_grid
 from lightning_interp.sinks.records import Picture
 
 __all__ = ["LocalizationMonitor"]
@@ -377,10 +376,10 @@ def _true_boxes(annotations: Annotations) -> list[Tensor] | None:
 def _select(maps: Tensor, classes: Tensor, size: tuple[int, int]) -> Tensor:
     """Of maps (N, K, h, w) each image's class, at the images' size; one map speaks for class 1 against class 0."""
     if maps.shape[1] == 1:
-        selected = maps * (2 * classes - 1)[:, None, None, None]
+        selected = maps[:, 0] * (2 * classes - 1)[:, None, None]
     else:
-        selected = maps[torch.arange(len(maps), device=maps.device), classes][:, None]
-    return interpolate(selected, size, mode="bilinear", align_corners=False)[:, 0]
+        selected = maps[torch.arange(len(maps), device=maps.device), classes]
+    return resize_maps(selected, size)
 
 
 def _overlap(box: Tensor, true_boxes: Tensor) -> str:

@@ -16,7 +16,7 @@ from lightning_interp.callbacks.monitors._map_method import MapMethod
 from lightning_interp.checks import check_fraction, is_number
 from lightning_interp.data.probe import Probe
 from lightning_interp.errors import ConfigurationError
-from lightning_interp.explain import occlusion
+from lightning_interp.explain import normalize_maps, occlusion
 from lightning_interp.explain.perturbation import patch_boxes, patch_starts, spread
 from lightning_interp.model.trace import Trace
 from lightning_interp.render import (
@@ -24,7 +24,6 @@ from lightning_interp.render import (
     check_colormap,
     draw_boxes,
     enlarge,
-    normalize_maps,
     overlay,
     side_by_side,
     tile_grid,

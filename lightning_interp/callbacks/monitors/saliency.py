@@ -21,7 +21,6 @@ from lightning_interp.render import (
     check_colormap,
     colorize,
     enlarge,
-    normalize_maps,
     side_by_side,
     tile_grid,
 )
@@ -60,13 +59,7 @@ class SaliencyMonitor(ProbeMonitor):
     """
 
     kind = "saliency"
-    methods: ClassVar = {
-        each.name: each
-        for each in (
-            *(explain.saliency, explain.smoothgrad, explain.vargrad, explain.input_x_gradient),
-            *(explain.integrated_gradients, explain.guided_backprop, explain.guided_gradcam, explain.deconvnet),
-        )
-    }
+    methods: ClassVar = explain.explainers("gradients")
 
     def __init__(
         self,
@@ -105,7 +98,7 @@ class SaliencyMonitor(ProbeMonitor):
     def draw(self, outputs: Mapping[str, Tensor], probe: Probe) -> Iterator[Picture]:
         """One grid of image and map pairs."""
         # A few hot pixels would leave the rest black.
-        heat = normalize_maps(outputs["maps"], "max_abs", percentile=_PERCENTILE)
+        heat = explain.normalize_maps(outputs["maps"], "max_abs", percentile=_PERCENTILE)
         tiles = side_by_side(enlarge(probe.to_display()), enlarge(colorize(heat, self.cmap)))
         scale = ColorScale(
             self.cmap, "0", "max", f"{self.map_method.name}, each image by its own {_PERCENTILE:.0f}th percentile"

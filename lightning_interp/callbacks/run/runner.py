@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lightning_interp.callbacks._lightning import Trainer
 from lightning_interp.callbacks.run.ranks import Ranks, is_collective
+from lightning_interp.model.chunks import rows_per_pass
 from lightning_interp.model.hooks import HookPoint
-from lightning_interp.model.locate import locate, structure_of
+from lightning_interp.model.locate import locate, structure_key
 from lightning_interp.model.outputs import Predict, run_model
 from lightning_interp.model.trace import LayerSpec
 
@@ -20,8 +21,7 @@ __all__ = ["ModelRunner", "is_out_of_memory", "release_memory"]
 
 # Images of a probe that are explained at once. A CPU is faster over few, whose activations stay in its caches and its
 # allocator; and the memory stays below that of a training step.
-_ROWS = {"cpu": 8}
-_MORE_ROWS = 32
+_CPU_ROWS, _OTHER_ROWS = 8, 32
 
 
 class ModelRunner:
@@ -37,7 +37,7 @@ class ModelRunner:
         self._ranks = ranks
         self._predicts: dict[Predict | None, Predict] = {}
         self._points: dict[object, HookPoint] = {}
-        self._full_rows = _ROWS.get(self.device.type, _MORE_ROWS)
+        self._full_rows = rows_per_pass(self.device, cpu=_CPU_ROWS, other=_OTHER_ROWS)
         self.rows = self._full_rows  # in one pass; fewer where memory did not suffice
 
     @property
@@ -73,7 +73,7 @@ class ModelRunner:
         """
         points = {}
         for layer in layers:
-            key = (layer, predict, images.shape[1:], structure_of(module))
+            key = (layer, predict, images.shape[1:], structure_key(module))
             if key not in self._points:
                 self._points[key] = locate(module, layer, images, predict=self.predict(predict))
             points[layer] = self._points[key]

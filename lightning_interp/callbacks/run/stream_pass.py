@@ -28,7 +28,7 @@ from lightning_interp.errors import ConfigurationError
 from lightning_interp.model.forward import ForwardPass
 from lightning_interp.model.hooks import HookPoint, tap
 from lightning_interp.model.layout import to_grid
-from lightning_interp.model.locate import original
+from lightning_interp.model.locate import unwrap_compiled
 from lightning_interp.model.outputs import first_tensor, output_logits
 from lightning_interp.model.preserve import preserve_state
 from lightning_interp.model.sharding import reset_fsdp_state
@@ -364,7 +364,7 @@ def _logits_in(outputs: Any, count: int) -> Tensor | None:
 def _is_compiled(module: nn.Module) -> bool:
     """Whether code was compiled here, which would not call a new hook, or be compiled again because of it."""
     return getattr(module, "_compiler_ctx", None) is not None or any(
-        original(child) is not child or getattr(child, "_compiled_call_impl", None) is not None
+        unwrap_compiled(child) is not child or getattr(child, "_compiled_call_impl", None) is not None
         for child in module.modules()
     )
 

@@ -553,7 +553,7 @@ def test_a_probe_without_boxes_is_shown_where_the_validation_set_has_some(memory
     [
         ({"threshold": 1.5}, "threshold takes"),
         ({"threshold": 1}, "below 1"),
-        ({"version": 3}, "version must be 1 or 2"),
+        ({"version": 3}, "version takes 1 or 2"),
         ({"normalization": "softmax"}, "relu_max"),
         ({"target": "true"}, "target takes"),
         ({"alpha": 2}, "alpha takes"),

@@ -95,7 +95,7 @@ OUT_OF_MEMORY: list[Callable[[], Exception]] = [
 def test_a_chunk_is_halved_for_all_until_it_fits(
     memory: MemorySink, error: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_interp.callbacks.run.runner._ROWS", {"cpu": 12})
+    monkeypatch.setattr("lightning_interp.callbacks.run.runner._CPU_ROWS", 12)
     hungry, other = Hungry(5, error), Hungry(99, error)
     monitors = [
         CAMMonitor(method=other, name="other", probe=12, on_error="raise"),
