@@ -19,7 +19,7 @@ class JSONLinesLogger(DummyLogger):
 
 @register
 class JSONLinesSink(Sink):
-    """Appends ``{"step": ..., "tag": ..., "value": ...}`` to a file; the records that it does not accept go to files."""
+    """Append ``{"step": ..., "tag": ..., "value": ...}`` to a file. What it does not accept goes to PNG and CSV files."""
 
     accepts = frozenset({Scalar})
 

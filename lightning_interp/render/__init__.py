@@ -1,4 +1,4 @@
-"""Tensors become uint8 pictures: colour maps, overlays, captioned grids, filters, histories. Logs nothing."""
+"""Tensors as uint8 pictures: colour maps, overlays, captioned grids, filters, heatmaps over a run."""
 
 from lightning_interp.render.boxes import draw_boxes
 from lightning_interp.render.colors import check_colormap, colorize, normalize_maps, overlay

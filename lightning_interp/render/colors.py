@@ -1,4 +1,4 @@
-"""Numbers become colours: normalised maps, colour maps, heat laid over photographs."""
+"""Numbers as colours: colour maps, normalised maps, heatmaps over photographs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.nn.functional import interpolate
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.render.canvas import check_images
 
-__all__ = ["NormalizeMode", "check_colormap", "colorize", "normalize_maps", "overlay"]
+__all__ = ["NormalizeMode", "check_colormap", "color_table", "colorize", "normalize_maps", "overlay"]
 
 NormalizeMode = Literal["relu", "min_max", "max_abs"]
 
 
 def check_colormap(name: str) -> None:
-    """Refuse a colour map that matplotlib doesn't know.
+    """Refuse a name that matplotlib has no colour map for.
 
     Args:
         name: As in ``matplotlib.colormaps``, such as ``"jet"`` or ``"viridis"``.
@@ -47,7 +47,8 @@ def check_colormap(name: str) -> None:
 
 
 @lru_cache(maxsize=32)
-def _lookup_table(cmap: str) -> Tensor:
+def color_table(cmap: str) -> Tensor:
+    """Return the 256 colours of a colour map from low to high: (256, 3) uint8, shared, not to be changed."""
     import numpy as np
     from matplotlib import colormaps
 
@@ -59,8 +60,8 @@ def colorize(values: Tensor, cmap: str = "jet") -> Tensor:
     """Colour every value as matplotlib does.
 
     Args:
-        values: (..., H, W) in [0, 1], any real dtype and device; outside it is clamped, non-finite counts
-            as 0.
+        values: (..., H, W) in [0, 1], any real dtype and device. Values outside are clamped; those that are not
+            finite count as 0.
         cmap: A name in ``matplotlib.colormaps``.
 
     Returns:
@@ -77,12 +78,60 @@ def colorize(values: Tensor, cmap: str = "jet") -> Tensor:
     """
     if values.ndim < 2:
         raise ValueError(f"values must be (..., H, W), got {tuple(values.shape)}; add a dimension with values[None]")
-    finite = _finite(values.detach().cpu().float())
-    return _lookup_table(cmap)[(finite * 256).clamp(0, 255).long()]
+    return color_table(cmap).index_select(0, _color_indices(values).flatten()).view(*values.shape, 3)
+
+
+def overlay(images: Tensor, heat: Tensor, cmap: str = "jet", alpha: float = 0.5) -> Tensor:
+    """Blend coloured maps into images: ``(1 - alpha) * image + alpha * colour``.
+
+    Args:
+        images: (N, H, W, 3) uint8.
+        heat: (N, h, w) in [0, 1]; resized bilinearly to the images.
+        cmap: A name in ``matplotlib.colormaps``.
+        alpha: The weight of the colour, in [0, 1].
+
+    Returns:
+        (N, H, W, 3) uint8 on the CPU.
+
+    Raises:
+        ValueError: If the shapes of images and heat do not match, or ``alpha`` is outside [0, 1].
+        ConfigurationError: If the colour map is unknown.
+
+    Example:
+        >>> import torch
+        >>> overlay(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.ones(1, 1, 1), "gray", 0.2).tolist()
+        [[[[51, 51, 51]]]]
+    """
+    check_images(images, "images")
+    if heat.ndim != 3 or len(heat) != len(images) or heat.numel() == 0:
+        raise ValueError(
+            f"heat must be (N, h, w), one map for each of the {len(images)} images, got {tuple(heat.shape)}"
+        )
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    values = _finite(heat.detach().cpu().float()).clamp(0, 1)
+    height, width = images.shape[1:3]
+    if values.shape[1:] != (height, width):
+        values = interpolate(values[:, None], (height, width), mode="bilinear", antialias=True)[:, 0]
+    weighted = color_table(cmap).float() * float(alpha)
+    blended = torch.empty(images.shape, dtype=torch.uint8)
+    for image, indices, target in zip(images.detach().cpu(), _color_indices(values), blended, strict=True):
+        colors = weighted.index_select(0, indices.flatten()).view(image.shape)  # of one image: that stays in the cache
+        target.copy_(colors.add_(image, alpha=1 - float(alpha)).round_().clamp_(0, 255))
+    return blended
+
+
+def _color_indices(values: Tensor) -> Tensor:
+    """Return the positions of values in a table of 256 colours."""
+    return _finite(values.detach().cpu().float()).mul_(256).clamp_(0, 255).int()
+
+
+def _finite(values: Tensor) -> Tensor:
+    return values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def normalize_maps(maps: Tensor, mode: NormalizeMode = "relu", *, percentile: float | None = None) -> Tensor:
-    """Bring each image's map to [0, 1], on its own.
+    """Scale each image's map to [0, 1] by itself.
 
     Args:
         maps: (N, H, W), any real dtype; non-finite values become 0.
@@ -127,46 +176,6 @@ def normalize_maps(maps: Tensor, mode: NormalizeMode = "relu", *, percentile: fl
         cut = flat.sort(1).values[:, rank - 1 : rank]
         highest = torch.where(cut > 0, cut, highest)
     return _divide(flat, highest).clamp(0, 1).float().view(maps.shape)
-
-
-def overlay(images: Tensor, heat: Tensor, cmap: str = "jet", alpha: float = 0.5) -> Tensor:
-    """Lay coloured heat over images: ``(1 - alpha) * image + alpha * colour``.
-
-    Args:
-        images: (N, H, W, 3) uint8.
-        heat: (N, h, w) in [0, 1]; resized bilinearly to the images.
-        cmap: A name in ``matplotlib.colormaps``.
-        alpha: How much of the colour is seen, in [0, 1].
-
-    Returns:
-        (N, H, W, 3) uint8 on the CPU.
-
-    Raises:
-        ValueError: If images and heat don't fit together, or ``alpha`` is outside [0, 1].
-        ConfigurationError: If the colour map is unknown.
-
-    Example:
-        >>> import torch
-        >>> overlay(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.ones(1, 1, 1), "gray", 0.2).tolist()
-        [[[[51, 51, 51]]]]
-    """
-    check_images(images, "images")
-    if heat.ndim != 3 or len(heat) != len(images) or heat.numel() == 0:
-        raise ValueError(
-            f"heat must be (N, h, w), one map for each of the {len(images)} images, got {tuple(heat.shape)}"
-        )
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    values = _finite(heat.detach().cpu().float()).clamp(0, 1)
-    height, width = images.shape[1:3]
-    if values.shape[1:] != (height, width):
-        values = interpolate(values[:, None], (height, width), mode="bilinear", antialias=True)[:, 0]
-    blended = torch.lerp(images.cpu().float(), colorize(values, cmap).float(), float(alpha))
-    return blended.round().clamp(0, 255).to(torch.uint8)
-
-
-def _finite(values: Tensor) -> Tensor:
-    return values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _divide(values: Tensor, by: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Convolution weights as pictures: each filter a tile, or a row of its input channels."""
+"""Convolution weights as pictures: a tile for each filter, or a row of its input channels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_interp.render.canvas import WHITE, cells, stack, text_block, text_width, usable_width, wrap
+from lightning_interp.render.canvas import WHITE, cells, stack
+from lightning_interp.render.text import draw_text, text_block, text_width, usable_width, wrap
 
 __all__ = ["FilterKind", "filter_grid"]
 
@@ -35,21 +36,21 @@ def filter_grid(
     """Draw a convolution's filters, each scaled by its largest absolute weight, zero as mid-grey.
 
     Args:
-        weights: (F, C, kh, kw) floating, on any device. A filter that isn't finite is all mid-grey, and the
-            caption counts it.
+        weights: (F, C, kh, kw) floating, on any device. Filters that are not finite are all mid-grey, and the caption
+            counts them.
         name: The layer's name, for the caption.
         kind: ``"image"`` for a first convolution: each filter is a tile, in colour where C is 3 and in grey
             where it is 1. ``"channels"`` for any other: a row for each filter, largest norm first, and a
             column for each input channel; both are numbered.
-        max_filters: How many are shown; those of the largest norm.
-        title: Stands above the filters.
+        max_filters: Maximum number of filters; those of the largest norm are shown.
+        title: Drawn above the filters.
 
     Returns:
         (h, w, 3) uint8 on the CPU, w about 1200 at most.
 
     Raises:
-        ValueError: If ``weights`` are no such filters, ``kind`` doesn't suit their channels, or
-            ``max_filters`` is not positive.
+        ValueError: If ``weights`` is no such tensor, ``kind`` does not suit its channels, or ``max_filters`` is not
+            positive.
 
     Example:
         >>> import torch
@@ -105,20 +106,20 @@ def filter_grid(
 
 
 def _grey(filters: Tensor, peak: Tensor) -> Tensor:
-    """-peak..peak to 1..255, so that zero is exactly 128 and signs are symmetrical."""
+    """Map -peak..peak to 1..255, so that zero is exactly 128 and signs are symmetrical."""
     scaled = filters / peak[:, None, None, None]
     values: Tensor = (ZERO + 127 * scaled).round().clamp(1, 255).to(torch.uint8).cpu()
     return values
 
 
 def _tiles(pictures: Tensor) -> Tensor:
-    """About as many rows as columns; a cell is 50 pixels where there is room, and 24 at least."""
+    """Draw about as many rows as columns, with cells of 50 pixels if there is room, and of 24 at least."""
     count, height, width, _ = pictures.shape
     side = max(height, width)
     smallest = ceil(24 / side)
     columns = max(1, min(ceil(count**0.5), _WIDEST // (smallest * width + GAP)))
     factor = min(56 // side, (_WIDEST // columns - GAP) // width)
-    return cells(_magnified(pictures, max(smallest, factor)), columns, GAP, BACKGROUND)
+    return cells(pictures, columns, GAP, BACKGROUND, max(smallest, factor))
 
 
 def _channel_columns(height: int, width: int) -> int:
@@ -133,30 +134,24 @@ def _strongest_channels(filters: Tensor, most: int) -> Tensor:
 
 
 def _channel_rows(values: Tensor, filters: list[int], channels: list[int]) -> Tensor:
-    """The grid with the filters' numbers to its left and the channels' above, as many as find room."""
+    """Draw the grid with the filters' numbers to its left and the channels' above, as many as there is room for."""
     rows, columns, height, width = values.shape
     side = max(height, width)
     factor = max(ceil(12 / side), min(ceil(24 / side), ((_WIDEST - _MARGIN) // columns - GAP) // width))
     pictures = values.reshape(rows * columns, height, width, 1).expand(-1, -1, -1, 3)
-    grid = cells(_magnified(pictures, factor), columns, GAP, BACKGROUND)
-    pitch, line = height * factor + GAP, _LABEL_SIZE + 10
+    grid = cells(pictures, columns, GAP, BACKGROUND, factor)
+    line = _LABEL_SIZE + 10
     margin = max(text_width(str(number), _LABEL_SIZE) for number in filters) + 8
-    left = torch.full((grid.shape[0], margin, 3), WHITE, dtype=torch.uint8)
+    canvas = torch.full((line + grid.shape[0], margin + grid.shape[1], 3), WHITE, dtype=torch.uint8)
+    canvas[line:, margin:] = grid
+    pixels = canvas.numpy()
+    pitch = height * factor + GAP
     for row in range(0, rows, ceil((_LABEL_SIZE + 1) / pitch)):
-        label = text_block([str(filters[row])], margin, size=_LABEL_SIZE)[4:-3]
-        start = min(max(0, row * pitch + (pitch - label.shape[0]) // 2), left.shape[0])
-        part = left[start : start + label.shape[0]]
-        part.copy_(torch.minimum(part, label[: part.shape[0]]))
+        baseline = line + row * pitch + (pitch + _LABEL_SIZE) // 2 - 1
+        draw_text(pixels, str(filters[row]), margin - 5, baseline, size=_LABEL_SIZE, align="right")
     pitch = width * factor + GAP
-    top = torch.full((line, grid.shape[1], 3), WHITE, dtype=torch.uint8)
     widest = max(text_width(str(number), _LABEL_SIZE) for number in channels) + 8
     for column in range(0, columns, ceil(widest / pitch)):
-        label = text_block([str(channels[column])], widest, size=_LABEL_SIZE)[:line]
-        part = top[:, column * pitch : column * pitch + widest]
-        part.copy_(label[:, : part.shape[1]])
-    corner = torch.full((line, margin, 3), WHITE, dtype=torch.uint8)
-    return torch.cat([torch.cat([corner, top], 1), torch.cat([left, grid], 1)])
-
-
-def _magnified(pictures: Tensor, factor: int) -> Tensor:
-    return pictures.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        middle = margin + column * pitch + pitch / 2
+        draw_text(pixels, str(channels[column]), middle, line - 5, size=_LABEL_SIZE, align="center")
+    return canvas

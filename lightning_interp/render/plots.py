@@ -1,32 +1,35 @@
-"""Numbers of many layers over the run, as one labelled picture."""
+"""Numbers of many layers over a run, as one labelled picture."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from math import ceil, exp, log
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
-from lightning_interp.render.canvas import clean, font_path, loaded_font, text_width, wrap
-
-if TYPE_CHECKING:
-    from matplotlib.colors import Normalize
+from lightning_interp.render.colors import color_table
+from lightning_interp.render.text import Color, Pixels, clean, draw_text, text_width, wrap
 
 __all__ = ["history_heatmap"]
 
-Table = np.ndarray[Any, np.dtype[np.float64]]
-_DPI = 100
+Values = npt.NDArray[np.float64]
 _TEXT = 12
+_TITLE = 14
+_TO_MIDDLE = 4  # from the middle of a line of text down to its baseline
 _ROW = 18
-_MOST_ROWS = 120
+_MAX_ROWS = 120
 _NAME_LENGTH = 44
 _COLUMN = 14
 _TOP, _BOTTOM, _BAR = 36, 46, 16
-_DECADES = 8  # a single dying layer must not wash out the colours of the others
+_TICK = 4
+_BLACK: Color = (0, 0, 0)
+_BELOW: Color = (0, 0, 0)
+_NOT_FINITE: Color = (211, 211, 211)
+_DECADES = 8  # so that a single dying layer leaves the other layers most of the colours
 
 
 def history_heatmap(
@@ -39,18 +42,18 @@ def history_heatmap(
     """Draw one number of many layers over the steps at which it was logged.
 
     Args:
-        names: L layer names, drawn from top to bottom.
-        steps: S steps, drawn from left to right, all equally wide.
-        values: (L, S) real. Where none is negative the colours are logarithmic, over eight decades at most,
-            what is smaller (such as 0) in black; non-finite cells are light grey.
-        title: Stands above.
-        label: What the numbers are, beside the colour bar.
+        names: L layer names, from top to bottom.
+        steps: S steps, from left to right, all equally wide.
+        values: (L, S) real. If none is negative, the colours are logarithmic over at most eight decades, with smaller
+            values (such as 0) in black; cells that are not finite are light grey.
+        title: Drawn above.
+        label: The quantity, drawn beside the colour bar.
 
     Returns:
-        (h, w, 3) uint8 on the CPU; its height grows with L up to 120 layers, then only some are named.
+        (h, w, 3) uint8 on the CPU; its height grows with L up to 120 layers, beyond which only some are named.
 
     Raises:
-        ValueError: If ``values`` doesn't fit the names and steps, or is empty.
+        ValueError: If the shape of ``values`` does not match the names and steps, or is empty.
 
     Example:
         >>> import torch
@@ -62,88 +65,79 @@ def history_heatmap(
         raise ValueError(
             f"values must be (layers, steps) = ({len(names)}, {len(steps)}), both at least 1, got {tuple(values.shape)}"
         )
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.font_manager import FontProperties
-
     table = values.detach().cpu().double().numpy()
+    scale = _Scale.of(table)
     shown_names = [_short(name) for name in names]
-    # Sizes in pixels, from the widths of the texts, so that no name is cut off.
-    left = max(text_width(name, _TEXT) for name in shown_names) + 14
-    inner_width = min(max(len(steps) * _COLUMN, 300), 700)
-    inner_height = max(min(len(names), _MOST_ROWS) * _ROW, 90)
-    norm = _norm(table)
-    bar_ticks = _bar_ticks(norm)
-    bar_names = [f"{value:.3g}" for value in bar_ticks]
-    bar_left = left + inner_width + 14
-    label_left = bar_left + _BAR + 18 + max(text_width(name, _TEXT) for name in bar_names)
-    width = max(label_left + _TEXT + 12, 480)
-    title = "".join(wrap(title, width - 20, size=_TEXT + 2, max_rows=1))
-    height = _TOP + inner_height + _BOTTOM
+    bar_labels = {share: f"{scale.value_at(share):.3g}" for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    # Sizes in pixels, from the widths of the texts, so that none is clipped.
+    left = max(*(text_width(name, _TEXT) + 14 for name in shown_names), text_width(f"{steps[0]}", _TEXT) // 2 + 2)
+    width = min(max(len(steps) * _COLUMN, 300), 700)
+    height = max(min(len(names), _MAX_ROWS) * _ROW, 90)
+    bar = left + width + 14
+    label_at = bar + _BAR + 20 + max(text_width(text, _TEXT) for text in bar_labels.values()) + _TEXT
+    canvas = np.full((_TOP + height + _BOTTOM, max(label_at + 10, 480), 3), 255, np.uint8)
 
-    font = FontProperties(fname=font_path(), size=_TEXT * 72 / _DPI)
-    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white", edgecolor="white")
-    canvas = cast(Any, FigureCanvasAgg(figure))
-
-    def box(x: float, w: float) -> tuple[float, float, float, float]:
-        return x / width, _BOTTOM / height, w / width, inner_height / height
-
-    axes = figure.add_axes(box(left, inner_width))
-    picture = axes.imshow(
-        _drawable(table, norm),
-        cmap=colormaps["viridis"].with_extremes(bad="lightgrey", under="black"),
-        norm=norm,
-        aspect="auto",
-        interpolation="nearest",
-        origin="upper",
-    )
-    bar = figure.colorbar(picture, cax=figure.add_axes(box(bar_left, _BAR)))
-    bar.ax.minorticks_off()
-    bar.ax.set_yticks(bar_ticks, bar_names)
-    figure.text(
-        (label_left + _TEXT / 2) / width,
-        (_BOTTOM + inner_height / 2) / height,
-        "".join(wrap(label, height - 20, size=_TEXT, max_rows=1)),
-        fontproperties=font,
-        color="black",
-        rotation=90,
-        ha="center",
-        va="center",
-        parse_math=False,
-    )
-
-    axes.set_yticks([])  # matplotlib takes longer over a hundred names than over all the rest
-    columns = range(0, len(steps), ceil(len(steps) * 70 / inner_width))
-    axes.set_xticks(columns, [f"{steps[column]}" for column in columns])
-    axes.set_xlabel("step", fontproperties=font, color="black", labelpad=2)
-    figure.text(
-        10 / width,
-        1 - 11 / height,
-        title,
-        fontproperties=FontProperties(fname=font_path(), size=(_TEXT + 2) * 72 / _DPI),
-        color="black",
-        va="top",
-        parse_math=False,
-    )
-    _plain(axes, font)
-    _plain(bar.ax, font)
-    canvas.draw()
-    drawn = Image.fromarray(np.array(canvas.buffer_rgba())[..., :3])
-    _write_names(drawn, shown_names, left, height - _BOTTOM - inner_height, inner_height)
-    return torch.from_numpy(np.array(drawn))
+    draw_text(canvas, _one_row(title, canvas.shape[1] - 20, _TITLE), 10, 22, size=_TITLE, color=_BLACK)
+    _draw_cells(canvas, scale.colors(table), left, width, height)
+    _draw_names(canvas, shown_names, left, height)
+    _draw_steps(canvas, steps, left, width, _TOP + height)
+    gradient = scale.table()[(np.arange(height)[::-1] * 256 + 128) // height]
+    _draw_cells(canvas, gradient[:, None], bar, _BAR, height)
+    for share, text in bar_labels.items():
+        row = _TOP + round((1 - share) * (height - 1))
+        canvas[row, bar + _BAR + 1 : bar + _BAR + 1 + _TICK] = _BLACK
+        draw_text(canvas, text, bar + _BAR + 8, row + _TO_MIDDLE, size=_TEXT, color=_BLACK)
+    label = _one_row(label, height + _BOTTOM - 10, _TEXT)
+    # A label that is longer than the heatmap reaches further down, as the title is above.
+    middle = _TOP + (height if text_width(label, _TEXT) < height else height + _BOTTOM - 10) / 2
+    draw_text(canvas, label, label_at, middle, size=_TEXT, color=_BLACK, align="center", upwards=True)
+    return torch.from_numpy(canvas)
 
 
-def _write_names(picture: Image.Image, names: list[str], right: int, top: int, height: int) -> None:
-    """Put each name beside its row, as many as there is room for."""
-    draw = ImageDraw.Draw(picture)
-    for index in range(0, len(names), ceil(len(names) / _MOST_ROWS)):
-        middle = top + (index + 0.5) * height / len(names)
-        draw.text((right - 6, middle), names[index], fill="black", font=loaded_font(_TEXT), anchor="rm")
+def _one_row(text: str, width: int, size: int) -> str:
+    return "".join(wrap(text, width, size=size, max_rows=1))
+
+
+def _draw_cells(canvas: Pixels, colors: Pixels, left: int, width: int, height: int) -> None:
+    """Draw (rows, columns, 3) colours over a rectangle, in a black frame."""
+    framed = canvas[_TOP - 1 : _TOP + height + 1, left - 1 : left + width + 1]
+    framed[[0, -1]] = framed[:, [0, -1]] = _BLACK
+    rows, columns = _nearest(colors.shape[0], height), _nearest(colors.shape[1], width)
+    np.take(colors[:, columns], rows, axis=0, out=framed[1:-1, 1:-1], mode="clip")
+
+
+def _nearest(cells: int, pixels: int) -> npt.NDArray[np.int64]:
+    """Return the cell in which the middle of each pixel is."""
+    return (2 * np.arange(pixels) + 1) * cells // (2 * pixels)
+
+
+def _draw_names(canvas: Pixels, names: Sequence[str], left: int, height: int) -> None:
+    """Draw the names beside their rows, as many as there is room for."""
+    for index in range(0, len(names), ceil(len(names) / _MAX_ROWS)):
+        baseline = _TOP + (index + 0.5) * height / len(names) + _TO_MIDDLE
+        draw_text(canvas, names[index], left - 6, baseline, size=_TEXT, color=_BLACK, align="right")
+
+
+def _draw_steps(canvas: Pixels, steps: Sequence[int], left: int, width: int, bottom: int) -> None:
+    """Draw the steps below their columns, as many as there is room for."""
+    labels = [f"{step}" for step in steps]
+    column_width = width / len(steps)
+    spacing = ceil((text_width(max(labels, key=len), _TEXT) + 14) / column_width)
+    for column in _labelled_columns(len(steps), spacing):
+        x = left + (column + 0.5) * column_width
+        canvas[bottom + 1 : bottom + 1 + _TICK, int(x)] = _BLACK
+        draw_text(canvas, labels[column], x, bottom + 17, size=_TEXT, color=_BLACK, align="center")
+    draw_text(canvas, "step", left + width / 2, bottom + 36, size=_TEXT, color=_BLACK, align="center")
+
+
+def _labelled_columns(count: int, spacing: int) -> list[int]:
+    """Return columns at least ``spacing`` apart: the last, and as many as possible from the first on."""
+    last = count - 1
+    return [*(column for column in range(0, last, spacing) if last - column >= spacing), last]
 
 
 def _short(name: str) -> str:
-    """Long names lose their middle: the block's number and the kind of weight stand at the ends."""
+    """Shorten long names in the middle: the block's number and the kind of weight are at the ends."""
     name = clean(name)
     if len(name) <= _NAME_LENGTH:
         return name
@@ -151,44 +145,50 @@ def _short(name: str) -> str:
     return f"{name[:half]}…{name[-half:]}"
 
 
-def _norm(table: Table) -> Normalize:
-    from matplotlib.colors import LogNorm, Normalize
+@dataclass(frozen=True)
+class _Scale:
+    """Values to colours, from ``low`` to ``high``, linear or logarithmic."""
 
-    finite = table[np.isfinite(table)]
-    if not len(finite):
-        return Normalize(0.0, 1.0)
-    low, high = float(finite.min()), float(finite.max())
-    if low >= 0 and high > 0:
-        low = max(float(finite[finite > 0].min()), high * 10.0**-_DECADES)
-        return LogNorm(low, high) if high / low > 1.001 else LogNorm(low / 2, high * 2)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        margin = abs(low) / 2 or 0.5
-        low, high = low - margin, high + margin
-    return Normalize(low, high)
+    low: float
+    high: float
+    is_log: bool = False
 
+    @classmethod
+    def of(cls, values: Values) -> _Scale:
+        finite = values[np.isfinite(values)]
+        if not len(finite):
+            return cls(0.0, 1.0)
+        low, high = float(finite.min()), float(finite.max())
+        if low >= 0 and high > 0:
+            low = max(float(finite[finite > 0].min()), high * 10.0**-_DECADES)
+            return cls(low, high, True) if high / low > 1.001 else cls(low / 2, high * 2, True)
+        if high - low <= 1e-9 * max(abs(low), abs(high)):
+            margin = abs(low) / 2 or 0.5
+            low, high = low - margin, high + margin
+        return cls(low, high)
 
-def _bar_ticks(norm: Normalize) -> list[float]:
-    """Five numbers from end to end say more than the one power of ten that a narrow range holds."""
-    ends = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
-    return [float(value) for value in np.asarray(norm.inverse(ends))]
+    def value_at(self, share: float) -> float:
+        """Return the value at a share of the way from low to high."""
+        if self.is_log:
+            return exp(log(self.low) + share * (log(self.high) - log(self.low)))
+        return self.low + share * (self.high - self.low)
 
+    def colors(self, values: Values) -> Pixels:
+        """Return a colour for each value: (..., 3) uint8."""
+        finite = np.isfinite(values)
+        clipped = np.clip(np.where(finite, values, self.low), self.low, self.high)
+        if self.is_log:
+            shares = np.log(clipped / self.low) / log(self.high / self.low)
+        else:
+            shares = (clipped - self.low) / (self.high - self.low)
+        colors: Pixels = self.table()[np.minimum((shares * 256).astype(np.int64), 255)]
+        if self.is_log:
+            colors[values < self.low] = _BELOW
+        colors[~finite] = _NOT_FINITE
+        return colors
 
-def _drawable(table: Table, norm: Normalize) -> Table:
-    from matplotlib.colors import LogNorm
-
-    table = np.where(np.isfinite(table), table, np.nan)
-    # A logarithm would leave zeros out, as it does what is not finite.
-    return np.maximum(table, float(norm.vmin or 0.0) / 10) if isinstance(norm, LogNorm) else table
-
-
-def _plain(axes: Any, font: Any) -> None:
-    """Black on white in our own font, whatever style the user has set for plots."""
-    axes.set_facecolor("white")
-    axes.grid(False)
-    axes.tick_params(which="both", colors="black")
-    for spine in axes.spines.values():
-        spine.set_edgecolor("black")
-    for text in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-        text.set_fontproperties(font)
-        text.set_color("black")
-        text.set_parse_math(False)
+    @staticmethod
+    def table() -> Pixels:
+        """Return the 256 colours from low to high."""
+        table: Pixels = color_table("viridis").numpy()
+        return table

@@ -1,4 +1,4 @@
-"""Pictures side by side: tiles of one size with a frame and a caption, in a grid."""
+"""Grids of tiles of one size, each with a frame and a caption."""
 
 from __future__ import annotations
 
@@ -11,18 +11,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms.functional import resize
 
-from lightning_interp.render.canvas import (
-    TEXT_SIZE,
-    WHITE,
-    cells,
-    check_images,
-    stack,
-    text_block,
-    text_width,
-    usable_width,
-    wrap,
-)
+from lightning_interp.render.canvas import WHITE, cells, check_images, stack
 from lightning_interp.render.colors import colorize
+from lightning_interp.render.text import TEXT_SIZE, text_block, text_width, usable_width, wrap
 
 __all__ = ["Caption", "ColorScale", "enlarge", "side_by_side", "tile_grid"]
 
@@ -40,10 +31,10 @@ _BAR_WIDTH = 240
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """What stands below a tile, and how its frame is coloured.
+    """The text below a tile, and the colour of its frame.
 
     Args:
-        lines: Shown below each other; each is wrapped to two rows at most, then cut.
+        lines: From top to bottom; each is wrapped to at most two rows, and shortened if they do not suffice.
         correct: True for a green frame and a ✓, False for a red one and a ✗, None for a grey one.
 
     Raises:
@@ -64,13 +55,13 @@ class Caption:
 
 @dataclass(frozen=True, slots=True)
 class ColorScale:
-    """What the colours mean, drawn as a bar.
+    """The meaning of colours, drawn as a bar.
 
     Args:
         cmap: A name in ``matplotlib.colormaps``.
-        low: What its lowest colour stands for.
-        high: What its highest colour stands for.
-        label: What is measured.
+        low: The meaning of its lowest colour.
+        high: The meaning of its highest colour.
+        label: The quantity.
 
     Example:
         >>> ColorScale("jet", "0", "max of each image", "Grad-CAM").label
@@ -84,19 +75,19 @@ class ColorScale:
 
 
 def enlarge(images: Tensor, min_width: int = 128, max_width: int = 320) -> Tensor:
-    """Bring images to a size that a person can look at.
+    """Resize images to a size for viewing.
 
     Args:
         images: (N, H, W, 3) uint8.
         min_width: Narrower images grow by a whole factor, pixel for pixel, to at least this width.
-        max_width: Wider images shrink to this width, antialiased; taller ones to twice this height. No
-            image grows beyond that height.
+        max_width: Wider images shrink to this width, antialiased; those higher than twice as much to that height. No
+            image grows beyond it.
 
     Returns:
-        (N, h, w, 3) uint8 on the CPU; the images themselves where they fit.
+        (N, h, w, 3) uint8 on the CPU; the images themselves if their size is within these limits.
 
     Raises:
-        ValueError: If ``images`` are no pictures, or not ``0 < min_width <= max_width``.
+        ValueError: If ``images`` is no stack of images, or not ``0 < min_width <= max_width``.
 
     Example:
         >>> import torch
@@ -124,11 +115,11 @@ def _resize(images: Tensor, size: list[int]) -> Tensor:
 
 
 def side_by_side(left: Tensor, right: Tensor, *, gap: int = 4) -> Tensor:
-    """Make pairs of two stacks, so that an image and its map are one tile.
+    """Join the images of two stacks in pairs, such as each image and its map.
 
     Args:
         left: (N, H, W, 3) uint8.
-        right: (N, H, V, 3) uint8, as many and as high.
+        right: (N, H, V, 3) uint8.
         gap: White pixels between the two.
 
     Returns:
@@ -166,10 +157,9 @@ def tile_grid(
     Args:
         tiles: (N, H, W, 3) uint8. Narrow ones are enlarged to 128 pixels, those wider than 1000 are shrunk.
         captions: One for each tile.
-        columns: How many stand beside each other; by default up to six, so that the picture is a bit wider
-            than high.
-        title: Stands above the grid.
-        scale: What the colours mean; a bar below the grid.
+        columns: Tiles in a row; by default up to six, so that the picture is a bit wider than high.
+        title: Drawn above the grid.
+        scale: The meaning of the colours, drawn as a bar below the grid.
 
     Returns:
         (h, w, 3) uint8 on the CPU.
@@ -190,7 +180,7 @@ def tile_grid(
     if columns is not None and columns < 1:
         raise ValueError(f"columns must be at least 1 or None, got {columns}")
     tiles = enlarge(tiles, _SMALLEST_TILE, _WIDEST_TILE)
-    missing = max(0, _SMALLEST_TILE - tiles.shape[2])  # only where the tile is many times as high as wide
+    missing = max(0, _SMALLEST_TILE - tiles.shape[2])  # only if a tile is many times as high as wide
     tiles = pad(tiles, (0, 0, missing // 2, missing - missing // 2), value=WHITE)
     grid = cells(_framed(tiles, captions), columns or _default_columns(tiles), _GAP, WHITE)
     strips = [grid]
@@ -204,29 +194,35 @@ def tile_grid(
 
 
 def _framed(tiles: Tensor, captions: Sequence[Caption]) -> Tensor:
-    width = tiles.shape[2] + 2 * FRAME
+    count, height, width, _ = tiles.shape
+    height, width = height + 2 * FRAME, width + 2 * FRAME
     rows = [_caption_rows(caption, usable_width(width)) for caption in captions]
-    most = max(map(len, rows))
-    framed = []
-    for tile, caption, lines in zip(tiles, captions, rows, strict=True):
-        color = NEUTRAL if caption.correct is None else RIGHT if caption.correct else WRONG
-        frame = torch.tensor(color, dtype=torch.uint8).repeat(tile.shape[0] + 2 * FRAME, width, 1)
-        frame[FRAME:-FRAME, FRAME:-FRAME] = tile
-        mark = None if caption.correct is None else color
-        framed.append(stack([frame, text_block(lines, width, min_rows=most, mark=mark)] if most else [frame]))
-    return torch.stack(framed)
+    colors = [NEUTRAL if caption.correct is None else RIGHT if caption.correct else WRONG for caption in captions]
+    blocks = [
+        text_block(lines, width, min_rows=max(map(len, rows)), mark=None if caption.correct is None else color)
+        for lines, caption, color in zip(rows, captions, colors, strict=True)
+        if any(rows)
+    ]
+    framed = torch.empty((count, height + (blocks[0].shape[0] if blocks else 0), width, 3), dtype=torch.uint8)
+    frame = torch.tensor(colors, dtype=torch.uint8)[:, None, None]
+    framed[:, :FRAME] = framed[:, height - FRAME : height] = frame
+    framed[:, FRAME : height - FRAME, :FRAME] = framed[:, FRAME : height - FRAME, -FRAME:] = frame
+    framed[:, FRAME : height - FRAME, FRAME:-FRAME] = tiles
+    if blocks:
+        framed[:, height:] = torch.stack(blocks)
+    return framed
 
 
 def _caption_rows(caption: Caption, width: int) -> list[str]:
     lines = list(caption.lines)
     if caption.correct is not None:
-        # The sign says in another way than by colour what the frame says.
+        # For those who cannot tell the frame's colours apart.
         lines[:1] = [f"{'✓' if caption.correct else '✗'} {''.join(lines[:1])}"]
     return [row for line in lines for row in wrap(line, width)]
 
 
 def _default_columns(tiles: Tensor) -> int:
-    """The most even filling of a picture that is 1.6 times as wide as high."""
+    """Return the columns that fill a picture 1.6 times as wide as high most evenly."""
     count = len(tiles)
     aspect = 2.0 if tiles.shape[2] > 1.75 * tiles.shape[1] else 1.0
 
@@ -238,7 +234,7 @@ def _default_columns(tiles: Tensor) -> int:
 
 
 def _scale_bar(scale: ColorScale, width: int) -> Tensor:
-    """The label, and below it the bar between its two ends."""
+    """Draw the label, and below it the bar between the meanings of its ends."""
     low = "".join(wrap(scale.low, width // 4, max_rows=1))
     high = "".join(wrap(scale.high, width // 2 - 2 * _GAP, max_rows=1))
     start = text_width(low) + 2 * _GAP if low else _GAP // 2

@@ -15,13 +15,13 @@ Job = Callable[[], None]
 
 
 class BackgroundWriter:
-    """One thread that does jobs in the order in which they were handed over.
+    """A thread that runs jobs in the order of their submission.
 
-    Nothing that was accepted is dropped: where too much waits, :meth:`submit` waits, too, and what is left when the
-    interpreter exits is done then. The thread begins with the first job and ends with :meth:`close`.
+    No job is dropped: while the queue is full, :meth:`submit` blocks, and jobs that remain when the interpreter exits
+    are run then. The thread starts with the first job and ends with :meth:`close`.
 
     Args:
-        waiting: How many jobs may wait.
+        waiting: The length of the queue.
 
     Example:
         >>> done = []
@@ -39,38 +39,42 @@ class BackgroundWriter:
         self._process = os.getpid()
 
     def submit(self, job: Job) -> None:
-        """Hand over a job; it deals with its own errors."""
-        if self._process != os.getpid():  # of a forked process' threads only one lives on, and a lock may be held
+        """Put a job into the queue; the job handles its errors.
+
+        Args:
+            job: Called without arguments on the thread.
+        """
+        if self._process != os.getpid():  # a fork keeps none of its parent's other threads, and maybe a held lock
             self.__init__(self._waiting)  # type: ignore[misc]
         if self._thread is None:
-            self._thread = threading.Thread(target=_work, args=(self._jobs,), name="lightning_interp", daemon=True)
+            self._thread = threading.Thread(target=_run_jobs, args=(self._jobs,), name="lightning_interp", daemon=True)
             self._thread.start()
             self._last_resort = weakref.finalize(self, _stop, self._jobs, self._thread, self._process)
         self._jobs.put(job)
 
     def close(self) -> None:
-        """Wait until everything is done, and end the thread."""
+        """Run the remaining jobs, and end the thread."""
         if self._thread is not None:
             _stop(self._jobs, self._thread, self._process)
-            # Not before: where a Ctrl-C ends the waiting, the interpreter's exit waits again.
+            # Not before: if a Ctrl-C interrupts the line above, the interpreter waits again when it exits.
             self._last_resort.detach()
             self._thread = None
 
 
-def _work(jobs: queue.Queue[Job | None]) -> None:
+def _run_jobs(jobs: queue.Queue[Job | None]) -> None:
     while (job := jobs.get()) is not None:
         try:
             job()
         except BaseException:
-            # Told as Python tells it of a thread that dies; this one must go on, or submit would wait for ever.
+            # Reported like the end of a thread; this one must go on, or submit would block for ever.
             threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
-        del job  # it may be all that keeps a run's tensors alive
+        del job  # it may hold the last references to a run's tensors
 
 
 def _stop(jobs: queue.Queue[Job | None], thread: threading.Thread, process: int) -> None:
     if process != os.getpid() or not thread.is_alive():
         return
-    if thread is threading.current_thread():  # the last job held the last reference
+    if thread is threading.current_thread():  # the last job held the last reference to the writer
         jobs.put_nowait(None)
         return
     jobs.put(None)

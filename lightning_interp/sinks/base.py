@@ -1,9 +1,11 @@
-"""What every sink can do."""
+"""The contract of a sink."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
+
+from typing_extensions import Self
 
 from lightning_interp.sinks.records import Record
 
@@ -11,22 +13,66 @@ __all__ = ["Sink"]
 
 
 class Sink(ABC):
-    """Takes records. Nothing that was accepted is lost once :meth:`flush` returned."""
+    """Base class of the stores that records are written to.
+
+    A subclass names the record classes in :attr:`accepts`, implements :meth:`write` and :meth:`flush`, and
+    :meth:`for_logger` if it belongs to a kind of logger. Once registered (:func:`lightning_interp.sinks.register`), it
+    serves every logger that it recognises.
+
+    The caller of :meth:`write` filters: a record is passed only to sinks whose :meth:`can_write` is true, and a record
+    that no sink of a run can write goes to the :class:`FileSink` in the run's folder. All methods are called from one
+    thread, which is not the training thread. No accepted record is lost after :meth:`flush` returned.
+
+    Attributes:
+        accepts: The record classes that this sink can store.
+
+    Example:
+        >>> from lightning_interp.sinks import Scalar, Text
+        >>> class LastValue(Sink):
+        ...     accepts = frozenset({Scalar})
+        ...
+        ...     def __init__(self) -> None:
+        ...         self.values: dict[str, float] = {}
+        ...
+        ...     def write(self, record: Record, step: int) -> None:
+        ...         if isinstance(record, Scalar):
+        ...             self.values[record.tag] = record.value
+        ...
+        ...     def flush(self) -> None:
+        ...         pass
+        >>> LastValue().can_write(Scalar("norms/weight/total", 1.0)), LastValue().can_write(Text("a/b", "text"))
+        (True, False)
+    """
 
     accepts: ClassVar[frozenset[type]]
 
     @classmethod
-    def for_logger(cls, logger: object) -> "Sink | None":
+    def for_logger(cls, logger: object) -> Self | None:
+        """Return a sink for a logger, or None if the logger is of another kind or disabled on this rank.
+
+        Args:
+            logger: Any logger of a Trainer. Recognise it without importing its package, which may be absent: by the
+                class names along its MRO, or by the methods of its ``experiment``.
+        """
         return None
+
+    def can_write(self, record: Record) -> bool:
+        """Whether this sink accepts a record."""
+        return isinstance(record, tuple(self.accepts))
 
     @abstractmethod
     def write(self, record: Record, step: int) -> None:
-        """Accept one record for the step at which it was recorded."""
+        """Accept a record; one that is not accepted is ignored.
+
+        Args:
+            record: What to store.
+            step: The global step it belongs to.
+        """
 
     @abstractmethod
     def flush(self) -> None:
-        """Bring everything that was accepted to where it is kept."""
+        """Store everything that was accepted."""
 
     def close(self) -> None:
-        """Flush, and take no more records."""
+        """Flush; the sink is not used afterwards."""
         self.flush()

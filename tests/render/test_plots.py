@@ -1,12 +1,14 @@
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 
 import matplotlib
 import pytest
 import torch
 
 from lightning_interp.render import history_heatmap
+from lightning_interp.render import plots as module
 
 GREY = torch.tensor([211, 211, 211], dtype=torch.uint8)  # "lightgrey"
 
@@ -72,6 +74,57 @@ def test_names_are_inside_the_picture_whatever_they_are():
     assert picture.shape[1] < 1000
 
 
+@pytest.mark.parametrize("layers", [1, 3, 200])
+def test_a_long_label_leaves_the_title_alone(layers):
+    arguments = ([f"layer{i}" for i in range(layers)], [0, 1], torch.rand(layers, 2))
+    plain = history_heatmap(*arguments, "title" * 100, "l")
+    assert history_heatmap(*arguments, "title" * 100, "label " * 100)[:34].equal(plain[:34])
+
+
+def test_zero_in_a_log_scale_and_what_is_below_it():
+    values = torch.tensor([[1e8, 1.0, 0.99, 0.0]])
+    colors = module._Scale.of(values.double().numpy()).colors(values.double().numpy())[0]
+    table = module._Scale.table()
+    assert colors.tolist() == [table[-1].tolist(), table[0].tolist(), [0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("values", [[[1.0, 100.0]], [[-4.0, 12.0]], [[0.5, 0.5]], [[0.0, 0.0]], [[torch.nan, -3.0]]])
+def test_the_bar_says_which_value_has_which_colour(values):
+    table = torch.tensor(values).double().numpy()
+    scale = module._Scale.of(table)
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        value = torch.tensor([scale.value_at(share)]).double().numpy()
+        index = next(i for i, color in enumerate(scale.table().tolist()) if color == scale.colors(value)[0].tolist())
+        assert abs(index - share * 256) <= 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 20, 60, 5000])
+@pytest.mark.parametrize("spacing", [1, 2, 3, 7, 100])
+def test_labelled_columns_are_apart_and_the_last_is_among_them(count, spacing):
+    columns = module._labelled_columns(count, spacing)
+    assert columns[-1] == count - 1
+    assert len(columns) == 1 or columns[0] == 0
+    assert all(right - left >= spacing for left, right in pairwise(columns))
+    assert len(columns) >= (count - 1) // spacing
+
+
+@pytest.mark.parametrize(("count", "first"), [(1, 0), (60, 0), (60, 10**9 - 60)])
+def test_no_step_is_clipped_or_runs_into_another(monkeypatch, count, first):
+    drawn = []
+
+    def spy(canvas, text, x, baseline, *, align="left", upwards=False, **options):
+        if align == "center" and not upwards and text != "step":
+            half = module.text_width(text, 12) / 2
+            drawn.append((x - half, x + half))
+
+    monkeypatch.setattr(module, "draw_text", spy)
+    width = history_heatmap(["a"], range(first, first + count), torch.rand(1, count), "t", "l").shape[1]
+    assert drawn
+    assert min(drawn)[0] >= 0
+    assert max(drawn)[1] <= width
+    assert all(left[1] + 5 < right[0] for left, right in pairwise(drawn))
+
+
 def test_many_steps_are_bounded():
     assert history_heatmap(["a"], range(5000), torch.rand(1, 5000), "t", "l").shape[1] < 1000
 
@@ -110,7 +163,7 @@ def test_pyplot_is_never_loaded_and_matplotlib_only_when_used():
         "assert 'matplotlib' not in sys.modules\n"
         "render.history_heatmap(['a'], [0], torch.ones(1, 1), 't', 'l')\n"
         "render.tile_grid(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), [render.Caption(('a',))])\n"
-        "assert 'matplotlib.pyplot' not in sys.modules\n"
+        "assert not {'matplotlib.pyplot', 'matplotlib.figure'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -5,7 +5,7 @@ import torch
 
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.render import Caption, ColorScale, colorize, enlarge, side_by_side, tile_grid
-from lightning_interp.render.canvas import clean, text_width, wrap
+from lightning_interp.render.text import clean, text_width, wrap
 from lightning_interp.render.tiles import FRAME, NEUTRAL, RIGHT, WRONG
 
 GAP = 8

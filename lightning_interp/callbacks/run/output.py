@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lightning_interp.callbacks._lightning import Trainer, rank_zero_info
 from lightning_interp.callbacks.contract import Monitor
 from lightning_interp.callbacks.run.failures import Failures, format_exception
 from lightning_interp.callbacks.run.ranks import Ranks
 from lightning_interp.callbacks.run.trainer import run_folder
-from lightning_interp.sinks import FileSink, Sink, sinks_for
+from lightning_interp.sinks import FileSink, Sink
 from lightning_interp.sinks.background import BackgroundWriter
 from lightning_interp.sinks.records import Picture, Record, ScalarLayout
+from lightning_interp.sinks.registry import sinks_for
 
 __all__ = ["Drawing", "Output", "open_sinks", "with_suffix", "write_to_sinks"]
 
@@ -26,13 +27,14 @@ class Output:
     """Draws the records of a run and writes them to its sinks, in order, on one background thread.
 
     Args:
-        sinks: The sinks; empty on ranks that do not write.
+        sinks: The sinks, each with the kinds of records that it gets; empty on ranks that do not write.
         monitors: All monitors of the run.
         failures: Where the failures of monitors and sinks are noted.
     """
 
-    def __init__(self, sinks: Sequence[Sink], monitors: Sequence[Monitor], failures: Failures) -> None:
+    def __init__(self, sinks: Mapping[Sink, frozenset[type]], monitors: Sequence[Monitor], failures: Failures) -> None:
         self.sinks = list(sinks)
+        self._kinds = {sink: tuple(kinds) for sink, kinds in sinks.items()}
         self.writer = BackgroundWriter()
         self._monitors = list(monitors)
         self._failures = failures
@@ -75,13 +77,18 @@ class Output:
         for monitor, make_records in drawings:
             try:
                 for record in make_records():
-                    self._reach(monitor, functools.partial(_write_record, record=_retag(record, suffix), step=step))
+                    write = functools.partial(self._write_record, record=_retag(record, suffix), step=step)
+                    self._reach(monitor, write)
                 self._reach(monitor, lambda sink: sink.flush())
             except Exception as error:
                 if monitor is None:
                     warnings.warn(f"lightning_interp could not write: {format_exception(error)}", stacklevel=2)
                 else:
                     self._failures.note(monitor, error)
+
+    def _write_record(self, sink: Sink, record: Record, step: int) -> None:
+        if isinstance(record, self._kinds[sink]):
+            sink.write(record, step)
 
     def _reach(self, monitor: Monitor | None, action: Callable[[Sink], None]) -> None:
         """Act on every sink. One that keeps nothing is dropped; an error of a record is its monitor's."""
@@ -97,17 +104,17 @@ class Output:
             raise error
 
 
-def open_sinks(trainer: Trainer, ranks: Ranks) -> list[Sink]:
+def open_sinks(trainer: Trainer, ranks: Ranks) -> dict[Sink, frozenset[type]]:
     """The sinks of a Trainer's loggers, and a file sink for the kinds of records that none of them accepts."""
     if not ranks.is_rank_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return []  # as Lightning's own loggers: a trial run leaves nothing behind
-    sinks = sinks_for(trainer.loggers)
-    accepted = frozenset[type]().union(*(sink.accepts for sink in sinks))
+        return {}  # as Lightning's own loggers: a trial run leaves nothing behind
+    sinks = {sink: sink.accepts for sink in sinks_for(trainer.loggers)}
+    accepted = frozenset[type]().union(*sinks.values())
     if missing := FileSink.accepts - accepted:
         folder, is_new = run_folder(trainer)
         if is_new and Picture in missing:
             rank_zero_info(f"lightning_interp: no logger here takes pictures; PNG and CSV files go to {folder}")
-        sinks.append(FileSink(folder, accepts=missing))
+        sinks[FileSink(folder)] = missing
     return sinks
 
 
@@ -150,11 +157,6 @@ def with_suffix(tag: str, suffix: str) -> str:
     """
     kind, _, what = tag.partition("/")
     return f"{kind}{suffix}/{what}"
-
-
-def _write_record(sink: Sink, record: Record, step: int) -> None:
-    if type(record) in sink.accepts:
-        sink.write(record, step)
 
 
 def _retag(record: Record, suffix: str) -> Record:

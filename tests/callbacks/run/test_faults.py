@@ -628,7 +628,7 @@ def test_no_thread_outlives_a_trainer_in_any_stage(memory: MemorySink) -> None:
 
 AT_EXIT = """
 import sys, threading, time
-from lightning_interp.sinks import BackgroundWriter
+from lightning_interp.sinks.background import BackgroundWriter
 writer = BackgroundWriter(waiting=8)
 def job(number):
     time.sleep(0.05)
