@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_interp"
 
-# What a file or folder may import, by the longest name that fits it; `errors` and `checks` are open to all, and a folder may import
-# itself.
+# What a file or folder may import, by the longest name that fits it; `errors` and `checks` are open to all, and a
+# folder may import itself.
 ALLOWED: dict[str, set[str]] = {
     "": {"callbacks", "data.probe", "explain", "localize", "sinks"},
     "errors": set(),

@@ -19,7 +19,7 @@ class JSONLinesLogger(DummyLogger):
 
 @register
 class JSONLinesSink(Sink):
-    """Append ``{"step": ..., "tag": ..., "value": ...}`` to a file. What it does not accept goes to PNG and CSV files."""
+    """Append ``{"step": ..., "tag": ..., "value": ...}`` to a file; other records go to PNG and CSV files."""
 
     accepts = frozenset({Scalar})
 

@@ -1,7 +1,7 @@
 """Attribution methods as pure functions ``(model, images, targets, *, ...) -> maps``."""
 
 from lightning_interp.checks import check_choice
-from lightning_interp.explain._explainer import FAMILIES, Explainer, Family
+from lightning_interp.explain._explainer import FAMILIES, Explainer, Family, explainer
 from lightning_interp.explain.activation_maps import cam, gradcam, gradcam_plus_plus, hirescam, layercam, xgradcam
 from lightning_interp.explain.attention import attention_rollout
 from lightning_interp.explain.gradient_free import ablationcam, eigencam, scorecam
@@ -23,6 +23,7 @@ __all__ = [
     "cam",
     "deconvnet",
     "eigencam",
+    "explainer",
     "explainers",
     "gradcam",
     "gradcam_plus_plus",
@@ -62,7 +63,7 @@ def explainers(family: Family | None = None) -> dict[str, Explainer]:
         check_choice("family", family, FAMILIES)
     exported = [value for name in __all__ if isinstance(value := globals()[name], Explainer)]
     return {
-        explainer.name: explainer
-        for explainer in sorted(exported, key=lambda explainer: explainer.definition_index)
-        if family in (None, explainer.family)
+        method.name: method
+        for method in sorted(exported, key=lambda method: method.definition_index)
+        if family in (None, method.family)
     }

@@ -12,7 +12,6 @@ from torchvision.models import VisionTransformer
 
 from lightning_interp import CAMMonitor, ConfigurationError, OcclusionMonitor, Probe, SaliencyMonitor, explain
 from lightning_interp.callbacks import ProbeMonitor
-from lightning_interp.callbacks.monitors import cam as cam_module
 from lightning_interp.callbacks.monitors import occlusion as occlusion_module
 from lightning_interp.model.trace import Trace
 from lightning_interp.sinks import MemorySink
@@ -121,8 +120,8 @@ def test_transformers_show_their_attention(memory: MemorySink) -> None:
 def test_maps_without_a_zero_are_shown_from_their_minimum(
     method: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scaled = Mock(wraps=cam_module.normalize_maps)
-    monkeypatch.setattr(cam_module, "normalize_maps", scaled)
+    scaled = Mock(wraps=explain.normalize_maps)
+    monkeypatch.setattr(explain, "normalize_maps", scaled)
     fit([CAMMonitor(method=method, method_options=SLOW.get(method), probe=2, on_error="raise")], max_epochs=1)
     assert [call.args[1] for call in scaled.call_args_list] == [expected] * 2
 

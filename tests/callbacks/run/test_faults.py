@@ -38,7 +38,8 @@ from lightning_interp import (
     default_monitors,
 )
 from lightning_interp.callbacks.run.runner import ModelRunner
-from lightning_interp.sinks import BackgroundWriter, FileSink, MemorySink, TensorBoardSink
+from lightning_interp.sinks import FileSink, MemorySink, TensorBoardSink
+from lightning_interp.sinks.background import BackgroundWriter
 from lightning_interp.sinks.records import Picture, Scalar, Text
 from tests.helpers.runs import (
     TRAINER,
@@ -254,7 +255,7 @@ def test_a_full_disk_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise FULL
 
     if broken == "png":
-        monkeypatch.setattr(Image.Image, "save", full)
+        monkeypatch.setattr(Path, "write_bytes", full)
     elif broken == "csv":
         true_open = Path.open
         monkeypatch.setattr(
@@ -279,15 +280,14 @@ def test_a_full_disk_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_disk_that_fills_later_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    true_save = Image.Image.save
+    true_write = Path.write_bytes
 
-    def save(self: Any, path: Any, **options: Any) -> None:
-        if "00000005" in str(path):
-            Path(path).write_bytes(b"half a picture")
+    def write_bytes(self: Path, content: bytes) -> None:
+        true_write(self, content[: len(content) // 2] if "00000005" in self.name else content)
+        if "00000005" in self.name:
             raise FULL
-        true_save(self, path, **options)
 
-    monkeypatch.setattr(Image.Image, "save", save)
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
     module = Net()
     with pytest.warns(UserWarning, match="No space left") as caught:
         fit([FilterMonitor()], module, max_epochs=3, default_root_dir=str(tmp_path))
@@ -304,7 +304,7 @@ def test_a_full_disk_ends_the_run_where_that_was_asked_for(tmp_path: Path, monke
     def full(*args: Any, **options: Any) -> Any:
         raise FULL
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.warns(UserWarning, match="writes no more"), pytest.raises(OSError, match="No space left"):
         fit([FilterMonitor(on_error="raise")], default_root_dir=str(tmp_path))
     assert no_threads()
@@ -407,10 +407,15 @@ def test_an_event_file_on_a_full_device(tmp_path: Path, monkeypatch: pytest.Monk
 def test_several_loggers_one_of_which_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loggers = [TensorBoardLogger(str(tmp_path / "a")), TensorBoardLogger(str(tmp_path / "b")), CSVLogger(str(tmp_path))]
 
-    def full(*args: Any, **options: Any) -> Any:
-        raise FULL
+    file_writer = loggers[0].experiment._get_file_writer()
+    true_add = file_writer.add_summary
 
-    monkeypatch.setattr(loggers[0].experiment, "add_image", full)
+    def add_summary(summary: Any, *args: Any, **options: Any) -> None:
+        if any(value.HasField("image") for value in summary.value):
+            raise FULL
+        true_add(summary, *args, **options)
+
+    monkeypatch.setattr(file_writer, "add_summary", add_summary)
     with pytest.warns(UserWarning, match="No space left"):
         fit(default_monitors(probe=2), logger=loggers)
     assert [event.step for event in read_events(loggers[1].log_dir).Images("cam/gradcam")] == [0, 2, 5]
