@@ -21,7 +21,7 @@ IMAGES, SIZE, EPOCHS = 32, 96, 7
 def measure(processes: int) -> None:
     import pytorch_lightning as pl
     import torch
-    from lightning_interp.callbacks.run.session import Session
+    from lightning_interp.callbacks.run.coordinator import Coordinator
     from torch.utils.data import DataLoader, TensorDataset
     from torchvision.models import resnet18
 
@@ -45,16 +45,16 @@ def measure(processes: int) -> None:
             return torch.optim.SGD(self.parameters(), 1e-3)
 
     seconds: list[float] = []
-    after_epoch = Session.after_epoch
+    after_epoch = Coordinator.on_train_epoch_end
 
-    def timed(self: Session, module: Any) -> None:
-        self.trainer.strategy.barrier()
+    def timed(self: Coordinator, trainer: Any, module: Any) -> None:
+        trainer.strategy.barrier()
         begin = time.perf_counter()
-        after_epoch(self, module)
-        self.trainer.strategy.barrier()
+        after_epoch(self, trainer, module)
+        trainer.strategy.barrier()
         seconds.append(time.perf_counter() - begin)
 
-    Session.after_epoch = timed  # type: ignore[method-assign]
+    Coordinator.on_train_epoch_end = timed  # type: ignore[method-assign]
     data = TensorDataset(torch.rand(IMAGES, 3, SIZE, SIZE), torch.arange(IMAGES) % 10)
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
@@ -87,13 +87,13 @@ def median(processes: int) -> float:
 
 
 def main() -> None:
-    found = {1: [], 2: []}  # type: dict[int, list[float]]
+    seconds: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(2):  # in turn, so that a busy moment meets both
-        for processes, values in found.items():
+        for processes, values in seconds.items():
             values.append(median(processes))
-    one, two = (min(values) for values in found.values())
+    one, two = (min(values) for values in seconds.values())
     print(f"ResNet-18, a probe of {IMAGES} images of {SIZE} px, CAM and saliency; one thread in each process\n")
-    print("| processes | seconds a look | speed-up |\n|---|---|---|")
+    print("| processes | seconds a snapshot | speed-up |\n|---|---|---|")
     print(f"| 1 | {one:.3f} | 1.00 |\n| 2 | {two:.3f} | {one / two:.2f} |")
 
 

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,7 +31,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.utils import make_grid
 
 import lightning_interp as li
-from lightning_interp.callbacks.run import session as sessions
+from lightning_interp.callbacks import StepMonitor
+from lightning_interp.callbacks.run.coordinator import Coordinator
+from lightning_interp.weights import Layers, parameter_norms
 from lightning_interp.model.preserve import preserve_state
 
 MODELS = ("resnet18", "resnet50", "vit_b_16")
@@ -42,9 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         "| model | probe | forward of the probe | training step (32) | ours, stall | ours, with drawing | by hand "
         "| by hand / ours | ours / forward | ours / step | histograms: add_histogram / ours | norms: ours / fused call "
-        "| peak memory added, ours | training step |"
+        "| peak memory added, ours | training step | writer's thread, processor time | launch-bound step while written "
+        "/ alone |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for model in args.models:
         for images in args.probes:
             # A process each: peak memory is a mark that only rises.
@@ -84,14 +88,15 @@ class Classifier(pl.LightningModule):
 
 
 class Measurement(pl.Callback):
-    """Times everything in turn, at the end of the first epoch, where the monitors would look."""
+    """Times everything in turn, at the end of the first epoch, where a snapshot would be taken."""
 
     def __init__(self, name: str, probe: int, repeats: int) -> None:
         self.name, self.probe, self.repeats = name, probe, repeats
         self.row = ""
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: Classifier) -> None:
-        session = sessions._sessions[trainer]
+        (coordinator,) = [callback for callback in trainer.callbacks if isinstance(callback, Coordinator)]
+        output = coordinator.output
         images = torch.randn(self.probe, 3, 224, 224, device=module.device)
         batch = (
             torch.randn(32, 3, 224, 224, device=module.device),
@@ -99,8 +104,9 @@ class Measurement(pl.Callback):
         )
         optimizer = trainer.optimizers[0]
         hand = ByHand(module, trainer.logger.experiment)
-        norms, histograms = li.NormMonitor(), li.WeightHistogramMonitor()
-        norms.check(module)
+        histograms, layers = li.WeightHistogramMonitor(), Layers.of(module)
+        small = LaunchBound()
+        marks: list[float] = []
         parameters = dict(module.named_parameters())
 
         def forward() -> None:
@@ -113,15 +119,18 @@ class Measurement(pl.Callback):
             optimizer.step()
 
         def ours() -> None:
-            # All that stands between the user and the next batch: the captured step and the look.
-            for monitor in session.monitors:
-                with torch.no_grad():
-                    monitor.before_optimizer_step(parameters)
-                    monitor.after_optimizer_step()
-            session._look(module, session.monitors, step=1)
+            # All that stands between the user and the next batch: the captured step and the snapshot.
+            for monitor in coordinator.monitors:
+                if isinstance(monitor, StepMonitor):
+                    with torch.no_grad():
+                        monitor.before_optimizer_step(parameters)
+                        monitor.after_optimizer_step()
+            output.writer.submit(lambda: marks.append(time.thread_time()))
+            coordinator.snapshots.take(module, coordinator.monitors, step=1)
+            output.writer.submit(lambda: marks.append(time.thread_time()))
 
         def drained() -> None:
-            session.writer.close()
+            output.writer.close()
 
         def add_histograms() -> None:
             for name, parameter in parameters.items():
@@ -130,8 +139,8 @@ class Measurement(pl.Callback):
 
         def our_histograms() -> None:
             with torch.no_grad():
-                for record in histograms.report(histograms.observe(module, 1), 1):
-                    for sink in session.sinks:
+                for record in histograms.records(histograms.capture(module, 1), 1):
+                    for sink in output.sinks:
                         sink.write(record, 1)
             trainer.logger.experiment.flush()
 
@@ -140,8 +149,7 @@ class Measurement(pl.Callback):
 
         def our_norms() -> None:
             with torch.no_grad():
-                measured = li.weights.parameter_norms(parameters)
-                norms._layers.combine(measured).cpu()
+                layers.combine(parameter_norms(parameters)).cpu()
 
         works: dict[str, Callable[[], None]] = {
             "forward": forward,
@@ -156,6 +164,8 @@ class Measurement(pl.Callback):
         }
         peaks = {name: peak_memory_added(works[name]) for name in ("ours", "step")}
         drained()
+        marks.clear()
+        alone = small.seconds_a_step(lambda: False, 400)
         times: dict[str, list[float]] = {name: [] for name in works}
         for round_ in range(self.repeats + 1):
             for name, work in works.items():
@@ -163,6 +173,12 @@ class Measurement(pl.Callback):
                 if round_:  # the first round warms up
                     times[name].append(taken)
         median = {name: statistics.median(taken) for name, taken in times.items()}
+        writer = statistics.median(end - start for start, end in zip(marks[::2], marks[1::2], strict=True))
+        is_written = threading.Event()
+        ours()
+        output.writer.submit(is_written.set)
+        beside = small.seconds_a_step(is_written.is_set)
+        drained()
         self.row = " | ".join(
             [
                 f"| {self.name} | {self.probe}",
@@ -177,9 +193,29 @@ class Measurement(pl.Callback):
                 f"{median['add_histogram'] / median['our_histograms']:.1f}",
                 f"{median['our_norms'] / median['fused_norm']:.2f}",
                 f"{peaks['ours']:.0f} MiB",
-                f"{peaks['step']:.0f} MiB |",
+                f"{peaks['step']:.0f} MiB",
+                f"{1000 * writer:.0f} ms",
+                f"{beside / alone:.2f} |",
             ]
         )
+
+
+class LaunchBound:
+    """A training step of many small operations, whose time is that of Python and of launching them."""
+
+    def __init__(self) -> None:
+        self.module = nn.Sequential(*(layer for _ in range(32) for layer in (nn.Linear(8, 8), nn.ReLU())))
+        self.optimizer = torch.optim.SGD(self.module.parameters(), 1e-3)
+
+    def seconds_a_step(self, is_done: Callable[[], bool], most: int = 100_000) -> float:
+        """The mean time of steps, until something is done."""
+        images, count, begin = torch.rand(1, 8), 0, time.perf_counter()
+        while count < most and not is_done():
+            self.optimizer.zero_grad()
+            self.module(images).sum().backward()
+            self.optimizer.step()
+            count += 1
+        return (time.perf_counter() - begin) / max(count, 1)
 
 
 class ByHand:
