@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Cell", "Histogram", "Picture", "Record", "Scalar", "ScalarLayout", "Table", "Text"]
+__all__ = ["Histogram", "Picture", "Record", "Scalar", "ScalarLayout", "Table", "Text"]
 
 Cell = str | int | float | bool | None
 
