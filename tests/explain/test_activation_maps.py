@@ -28,11 +28,11 @@ from tests.helpers.states import assert_same
 from tests.helpers.zoo import ANIMALS, CLASSES, Animal, Net, animal
 
 TARGETS = torch.tensor([0, 1, 2])
-GAPS = [each for each in ANIMALS if each.gap and each.name not in {"squeezenet", "one_logit", "one_logit_flat"}]
+GAPS = [kind for kind in ANIMALS if kind.gap and kind.name not in {"squeezenet", "one_logit", "one_logit_flat"}]
 
 
-@pytest.mark.parametrize("kind", GAPS, ids=lambda each: each.name)
-def test_gradcam_of_a_gap_model_is_its_cam_by_the_number_of_places(kind: Animal) -> None:
+@pytest.mark.parametrize("kind", GAPS, ids=lambda kind: kind.name)
+def test_gradcam_of_a_gap_model_is_its_cam_by_the_number_of_positions(kind: Animal) -> None:
     exact = cam(kind.model, kind.images(), 1, upsample=False)
     by_gradient = gradcam(kind.model, kind.images(), 1, upsample=False)
     assert_same(by_gradient, exact / exact[0].numel())
@@ -41,7 +41,7 @@ def test_gradcam_of_a_gap_model_is_its_cam_by_the_number_of_places(kind: Animal)
 @pytest.mark.parametrize("name", ["plain", "resnet", "swin", "repeating"])
 def test_the_mean_of_a_cam_and_the_bias_are_the_logit(name: str) -> None:
     kind = animal(name)
-    head = next(each for each in reversed(list(kind.model.modules())) if isinstance(each, nn.Linear))
+    head = next(module for module in reversed(list(kind.model.modules())) if isinstance(module, nn.Linear))
     logits = kind.model.eval()(kind.images())
     for target in range(3):
         maps = cam(kind.model, kind.images(), target, upsample=False)
@@ -215,7 +215,7 @@ def as_peers(maps: Tensor, size: tuple[int, int]) -> Tensor:
     ids=lambda value: getattr(value, "name", value),
 )
 def test_agrees_with_pytorch_grad_cam(explainer: Explainer, peer: str, name: str) -> None:
-    # A map that is negative everywhere, which both rectify to nothing, is compared under the score's other sign.
+    # A map that is negative everywhere, whose ReLU is zero, is compared for the negative score.
     kind, compared = animal(name), torch.zeros(3, dtype=torch.bool)
     assert kind.layer is not None
     for sign in (1, -1):
@@ -247,9 +247,9 @@ def test_gradcam_plus_plus_is_the_papers_and_not_torchcams() -> None:
 
 
 def _without_denominator(kind: Animal, targets: Tensor) -> Tensor:
-    site = locate(kind.model, "layer4")
-    with Trace.record(kind.model, kind.images(), targets, layers={site: True}) as trace:
-        activations, gradients = trace.activations(site), trace.gradients(site)
+    point = locate(kind.model, "layer4")
+    with Trace.record(kind.model, kind.images(), targets, layers={point: True}) as trace:
+        activations, gradients = trace.activations(point), trace.gradients(point)
     weights = (gradients.square() * gradients.relu()).sum((2, 3))
     return torch.einsum("nc,nchw->nhw", weights, activations).relu()
 
@@ -355,7 +355,7 @@ def test_layers_that_fit_no_grid_take_reshape() -> None:
 
 
 def averaged(explainer: Explainer, kind: Animal, layers: list[Any]) -> Tensor:
-    """The mean of the layers' maps, each rectified, scaled and resized by itself."""
+    """The mean of the layers' maps, each rectified, scaled and resized separately."""
     parts = []
     for layer in layers:
         small = explainer(kind.model, kind.images(), 1, layer=layer, upsample=False).relu()
@@ -374,7 +374,7 @@ def test_several_layers_are_averaged(batch_size: int | None) -> None:
 
 def test_several_layers_are_averaged_as_in_pytorch_grad_cam() -> None:
     kind, layers = animal("resnet"), ["layer2", "layer3"]
-    for layer in layers:  # some places are not above zero, so that min-max is the maximum, and some are
+    for layer in layers:  # with values below and above zero, so that min-max scaling of the ReLU divides by the maximum
         small = gradcam(kind.model, kind.images(), 1, layer=layer, upsample=False)
         assert ((small.amin((1, 2)) <= 0) & (small.amax((1, 2)) > 0)).all()
     got = scaled(gradcam(kind.model, kind.images(), 1, layer=layers))
@@ -434,7 +434,7 @@ def trained() -> tuple[nn.Module, Tensor]:
     return model, images
 
 
-@pytest.mark.parametrize("explainer", [gradcam, saliency], ids=lambda each: each.name)
+@pytest.mark.parametrize("explainer", [gradcam, saliency], ids=lambda explainer: explainer.name)
 def test_random_top_layers_change_the_maps(explainer: Explainer, trained: tuple[nn.Module, Tensor]) -> None:
     model, images = trained
     targets = model(images).argmax(1)
@@ -454,5 +454,5 @@ def test_random_top_layers_change_the_maps(explainer: Explainer, trained: tuple[
 
 
 def _rank_correlation(one: Tensor, other: Tensor) -> float:
-    ranks = [each.flatten().argsort().argsort().double() for each in (one, other)]
+    ranks = [maps.flatten().argsort().argsort().double() for maps in (one, other)]
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])

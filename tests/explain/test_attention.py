@@ -18,7 +18,7 @@ from tests.helpers import references
 from tests.helpers.states import unchanged, unsettle
 from tests.helpers.zoo import CLASSES, Animal, Net, animal
 
-TRANSFORMERS = pytest.mark.parametrize("kind", [animal("vit"), animal("timm_vit")], ids=lambda each: each.name)
+TRANSFORMERS = pytest.mark.parametrize("kind", [animal("vit"), animal("timm_vit")], ids=lambda kind: kind.name)
 
 
 class Attending(nn.Module):
@@ -41,8 +41,8 @@ class Attending(nn.Module):
 def rolled(probabilities: Tensor) -> Tensor:
     """(L, T, T) to (T, T)."""
     rollout = torch.eye(probabilities.shape[-1])
-    for each in probabilities:
-        mixed = each + torch.eye(len(each))
+    for layer in probabilities:
+        mixed = layer + torch.eye(len(layer))
         rollout = mixed / mixed.sum(1, keepdim=True) @ rollout
     return rollout
 
@@ -55,7 +55,7 @@ def test_rows_sum_to_one(kind: Animal) -> None:
     maps = attention_rollout(kind.model, kind.images(), upsample=False)
     assert maps.shape == (3, 4, 4)
     assert (maps > 0).all()
-    assert (maps.sum((1, 2)) < 1).all()  # the class token keeps the rest
+    assert (maps.sum((1, 2)) < 1).all()  # the remainder is the class token's
     assert torch.equal(maps, attention_rollout(kind.model, kind.images(), 2, upsample=False))
 
 
@@ -71,7 +71,7 @@ def test_attention_to_oneself_alone_gives_nothing() -> None:
     assert not attention_rollout(model, torch.rand(2, 3, 32, 32)).any()
 
 
-def test_a_place_that_all_look_at_is_found() -> None:
+def test_a_position_that_all_attend_to_is_found() -> None:
     logits = torch.zeros(2, 1, 17, 17)
     logits[..., 1 + 4 * 2 + 3] = 9
     maps = attention_rollout(Attending(logits), torch.rand(1, 3, 32, 32), upsample=False)[0]
@@ -95,20 +95,20 @@ def test_heads_are_fused(fusion: Any) -> None:
 def test_the_smallest_attentions_are_discarded(share: float) -> None:
     logits = torch.randn(2, 1, 17, 17)
     kept = logits.softmax(-1)[:, 0].flatten(1)
-    for each in kept:
-        first = each[0].item()
-        each[each.sort().values[: int(len(each) * share)].max() >= each] = 0
-        each[0] = first
+    for layer in kept:
+        first = layer[0].item()
+        layer[layer.sort().values[: int(len(layer) * share)].max() >= layer] = 0
+        layer[0] = first
     maps = attention_rollout(Attending(logits), torch.rand(1, 3, 32, 32), discard_ratio=share, upsample=False)
     torch.testing.assert_close(maps[0], rolled(kept.view(2, 17, 17))[0, 1:].view(4, 4))
 
 
-def test_the_query_is_the_first_token_or_all_places() -> None:
+def test_the_query_is_the_first_token_or_all_positions() -> None:
     logits = torch.randn(2, 1, 17, 17)
     rollout = rolled(logits.softmax(-1)[:, 0])
     images = torch.rand(1, 3, 32, 32)
     first, mean = (
-        attention_rollout(Attending(logits), images, query=each, upsample=False) for each in ("first", "mean")
+        attention_rollout(Attending(logits), images, query=query, upsample=False) for query in ("first", "mean")
     )
     torch.testing.assert_close(first[0], rollout[0, 1:].view(4, 4))
     torch.testing.assert_close(mean[0], rollout[1:, 1:].mean(0).view(4, 4))
@@ -187,10 +187,10 @@ def test_the_probabilities_of_fused_attention(options: dict[str, Any]) -> None:
         key, value = key.repeat(1, 2, 1, 1), value.repeat(1, 2, 1, 1)
     if options.pop("mask", False):
         options["attn_mask"] = torch.rand(5, 5) > 0.3
-    found = _fused_probabilities(F.scaled_dot_product_attention, query, key, value, **options)
-    torch.testing.assert_close(found.sum(-1), torch.ones(2, 4, 5))
+    probabilities = _fused_probabilities(F.scaled_dot_product_attention, query, key, value, **options)
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 4, 5))
     values = value.repeat_interleave(2, 1) if options.get("enable_gqa") else value
-    torch.testing.assert_close(found @ values, F.scaled_dot_product_attention(query, key, value, **options))
+    torch.testing.assert_close(probabilities @ values, F.scaled_dot_product_attention(query, key, value, **options))
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
@@ -202,10 +202,10 @@ def test_a_tapped_layer_gives_what_it_gave(need_weights: bool, average: bool) ->
         output, weights = layer(tokens, tokens, tokens, **options)
         with _AttentionRecorder() as recorder:
             tapped, tapped_weights = layer(tokens, tokens, tokens, **options)
-        _, each = layer(tokens, tokens, tokens, average_attn_weights=False)
+        _, by_head = layer(tokens, tokens, tokens, average_attn_weights=False)
     torch.testing.assert_close(tapped, output)
     torch.testing.assert_close(tapped_weights, weights)
-    torch.testing.assert_close(recorder.probabilities[0], each)
+    torch.testing.assert_close(recorder.probabilities[0], by_head)
 
 
 def test_a_transformer_encoder_of_torch_is_seen() -> None:
@@ -223,7 +223,7 @@ def test_a_transformer_encoder_of_torch_is_seen() -> None:
     torch.testing.assert_close(maps.sum((1, 2)), torch.ones(2))
 
 
-# ---- what surrounds a model in real life
+# ---- modes, precision, compilation
 
 
 @TRANSFORMERS
@@ -268,7 +268,7 @@ def test_compiled_models_run_eagerly(name: str) -> None:
     torch._dynamo.reset()
 
 
-def test_a_lightning_module_with_predict_hears_nothing() -> None:
+def test_a_lightning_module_with_predict_logs_nothing() -> None:
     class Module(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""What the explainers have in common, where test_contract.py's models do not come to."""
+"""What the explainers have in common, for models that test_contract.py does not have."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class OneByOne(Net):
     """Runs its images one after another."""
 
     def forward(self, images: Tensor) -> Any:
-        return torch.cat([Net.forward(self, each) for each in images.split(1)])
+        return torch.cat([Net.forward(self, image) for image in images.split(1)])
 
 
 class TwoViews(Net):
@@ -31,22 +31,24 @@ class TwoViews(Net):
         return Net.forward(self, torch.cat([images, images.flip(3)])).unflatten(0, (2, -1)).mean(0)
 
 
-@pytest.mark.parametrize("explainer", [gradcam, eigencam, scorecam, guided_gradcam], ids=lambda each: each.name)
-@pytest.mark.parametrize(("model", "found"), [(OneByOne, 1), (TwoViews, 8)])
-def test_maps_that_are_not_one_for_each_image_are_refused(model: Any, found: int, explainer: Any) -> None:
-    message = f"'second' gives {found} maps for 4 images, expected one for each; pass batch_size=1"
+@pytest.mark.parametrize(
+    "explainer", [gradcam, eigencam, scorecam, guided_gradcam], ids=lambda explainer: explainer.name
+)
+@pytest.mark.parametrize(("model", "count"), [(OneByOne, 1), (TwoViews, 8)])
+def test_maps_that_are_not_one_for_each_image_are_refused(model: Any, count: int, explainer: Any) -> None:
+    message = f"'second' gives {count} maps for 4 images, expected one for each; pass batch_size=1"
     with unchanged(net := model()), pytest.raises(ConfigurationError, match=message):
         explainer(net, IMAGES, 1, layer="second")
     if model is OneByOne:
-        expected = torch.cat([explainer(net, each, 1, layer="second") for each in IMAGES.split(1)])
+        expected = torch.cat([explainer(net, image, 1, layer="second") for image in IMAGES.split(1)])
         assert_same(explainer(net, IMAGES, 1, layer="second", batch_size=1), expected)
 
 
-def test_several_layers_of_coloured_maps_are_scaled_by_their_own_maxima() -> None:
+def test_several_layers_of_coloured_maps_are_scaled_by_their_maxima() -> None:
     model = Net()
-    parts = [guided_gradcam(model, IMAGES, 1, layer=each, channels=None).relu() for each in ("first", "second")]
-    assert all(each.amax((1, 2, 3)).all() for each in parts)
-    expected = torch.stack([each / each.amax((1, 2, 3), keepdim=True) for each in parts]).mean(0)
+    parts = [guided_gradcam(model, IMAGES, 1, layer=layer, channels=None).relu() for layer in ("first", "second")]
+    assert all(maps.amax((1, 2, 3)).all() for maps in parts)
+    expected = torch.stack([maps / maps.amax((1, 2, 3), keepdim=True) for maps in parts]).mean(0)
     torch.testing.assert_close(guided_gradcam(model, IMAGES, 1, layer=["first", "second"], channels=None), expected)
 
 
@@ -75,14 +77,14 @@ def test_targets_that_are_no_classes(targets: Any, came: str) -> None:
 def test_what_would_be_ignored_is_refused(explainer: Any, options: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         explainer(Net(), IMAGES, 1, **options)
-    saliency(Net(), IMAGES, 1, layer=None, call_index=-1, reshape=None, upsample=False)  # says nothing
+    saliency(Net(), IMAGES, 1, layer=None, call_index=-1, reshape=None, upsample=False)  # the defaults
 
 
 @pytest.mark.parametrize(
     ("wrap", "score"),
     [
         (lambda x: {"embedding": x, "projection": 2 * x}, lambda output: output["embedding"][:, 1]),
-        (lambda x: [{"scores": each} for each in x], lambda output: torch.stack([o["scores"][1] for o in output])),
+        (lambda x: [{"scores": scores} for scores in x], lambda output: torch.stack([o["scores"][1] for o in output])),
         (lambda x: (x.sum(), x), lambda output: output[1][:, 1]),
     ],
     ids=["embeddings", "detections", "loss first"],

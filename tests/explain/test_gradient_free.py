@@ -28,11 +28,11 @@ class Counting(Net):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[int, int]] = []
+        self.counts: list[tuple[int, int]] = []
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.features(images)
-        self.seen.append((len(images), len(features)))
+        self.counts.append((len(images), len(features)))
         return self.head(features.mean((2, 3)))
 
 
@@ -51,8 +51,8 @@ def test_eigencam_agrees_with_pytorch_grad_cam_but_for_its_arbitrary_sign(name: 
         assert min(distances) < 1e-5
 
 
-def test_eigencam_is_the_same_for_more_places_than_channels() -> None:
-    kind = animal("plain")  # 8 channels; 48 places, or 6 of those behind a pooling
+def test_eigencam_is_the_same_for_more_positions_than_channels() -> None:
+    kind = animal("plain")  # 8 channels; 48 positions, or 6 after a pooling
     for layer in ("first.0", "second"):
         expected = references.eigencam(kind.model, kind.images(), TARGETS, layer)
         torch.testing.assert_close(
@@ -61,7 +61,7 @@ def test_eigencam_is_the_same_for_more_places_than_channels() -> None:
 
 
 def test_eigencams_sign_is_no_chance_where_activations_are_equally_strong_everywhere() -> None:
-    # A layer norm makes every place's channels sum to zero, so that their sum says nothing.
+    # After a layer norm the channels of every position sum to zero, which decides no sign.
     class Normed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -72,7 +72,7 @@ def test_eigencams_sign_is_no_chance_where_activations_are_equally_strong_everyw
 
     model, images = Normed(), torch.randn(1, 8, 6, 6) * 0.1
     images[:, 0] += 1
-    images[:, :2, 2, 3] = torch.tensor([-9.0, 3.0])  # one place stands out
+    images[:, :2, 2, 3] = torch.tensor([-9.0, 3.0])  # an outlier
     for noise in torch.randn(20, 1, 8, 6, 6) * 1e-6:
         maps = eigencam(model, images + noise, layer="norm", reshape=lambda x: x.movedim(-1, 1), upsample=False)
         assert int(maps.flatten().argmax()) == 2 * 6 + 3
@@ -80,15 +80,15 @@ def test_eigencams_sign_is_no_chance_where_activations_are_equally_strong_everyw
 
 def test_eigencams_sign_follows_the_activations_and_targets_change_nothing() -> None:
     kind = animal("resnet")
-    site = locate(kind.model, "layer3")
-    with Trace.record(kind.model, kind.images(), 0, layers={site: False}) as trace:
-        strength = trace.activations(site).sum(1)
+    point = locate(kind.model, "layer3")
+    with Trace.record(kind.model, kind.images(), 0, layers={point: False}) as trace:
+        strength = trace.activations(point).sum(1)
     maps = eigencam(kind.model, kind.images(), 0, layer="layer3", upsample=False)
     assert ((maps * strength).sum((1, 2)) > 0).all()
     assert torch.equal(maps, eigencam(kind.model, kind.images(), 2, layer="layer3", upsample=False))
 
 
-@pytest.mark.parametrize("layer", ["first.0", "second"])  # more places than channels, and fewer
+@pytest.mark.parametrize("layer", ["first.0", "second"])  # more positions than channels, and fewer
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_one_image_that_is_not_finite_leaves_the_eigencams_of_others(layer: str, bad: float) -> None:
     kind = animal("plain")
@@ -141,26 +141,26 @@ def test_scorecams_chunks_change_nothing_and_constant_channels_share_a_pass() ->
         model.second[0].bias[:3] = -10  # three channels that are nowhere above zero
         model.second[0].bias[3:] = 1
     whole = scorecam(model, images, 1, layer="second", upsample=False)
-    model.seen.clear()
+    model.counts.clear()
     torch.testing.assert_close(scorecam(model, images, 1, layer="second", chunk_size=2, upsample=False), whole)
-    assert [n for n, _ in model.seen[1:]] == [1, 2, 2, 1] * 2
+    assert [n for n, _ in model.counts[1:]] == [1, 2, 2, 1] * 2
     torch.testing.assert_close(whole, references.scorecam(model, images, torch.tensor([1, 1]), "second"))
 
 
-def test_scorecam_fills_other_machines_with_more_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scorecam_runs_more_images_at_once_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradient_free, "rows_per_pass", lambda device, cpu, other: other)
     model, images = Counting(), torch.rand(2, 3, 9, 9)
     with torch.no_grad():
         model.second[0].bias.fill_(1)  # every channel varies
         model.second[0].weight.mul_(0.1)
     scorecam(model, images, 1, layer="second")
-    assert [n for n, _ in model.seen[1:]] == [8, 8]
+    assert [n for n, _ in model.counts[1:]] == [8, 8]
     monkeypatch.setattr(gradient_free, "rows_per_pass", lambda device, cpu, other: 4)
     scorecam(model, images, 1, layer="second")
-    assert [n for n, _ in model.seen[-4:]] == [4, 4, 4, 4]
+    assert [n for n, _ in model.counts[-4:]] == [4, 4, 4, 4]
 
 
-@pytest.mark.parametrize("explainer", [scorecam, ablationcam], ids=lambda each: each.name)
+@pytest.mark.parametrize("explainer", [scorecam, ablationcam], ids=lambda explainer: explainer.name)
 def test_a_callable_scores_each_row_by_itself(explainer: Any) -> None:
     kind = animal("plain")
     maps = explainer(kind.model, kind.images(), lambda output: output[:, 1])
@@ -250,7 +250,7 @@ def test_what_is_below_the_layer_runs_once_for_a_chunk(chunk_size: int | None) -
         model.second[0].bias[1:] = 1
     got = ablationcam(model, images, 1, layer="second", chunk_size=chunk_size, upsample=False)
     chunks = {None: [7], 1: [1] * 7, 3: [3, 3, 1], 100: [7]}[chunk_size]
-    assert model.seen == [(2, 2), *((1, n) for n in chunks), *((1, n) for n in chunks)]
+    assert model.counts == [(2, 2), *((1, n) for n in chunks), *((1, n) for n in chunks)]
     torch.testing.assert_close(got, references.ablationcam(model, images, torch.tensor([1, 1]), "second"))
 
 
@@ -293,9 +293,9 @@ def test_a_function_that_is_no_module_is_ablated() -> None:
 
 def test_of_a_linear_head_the_weights_are_its_shares() -> None:
     kind = animal("plain")
-    site = locate(kind.model, "second")
-    with Trace.record(kind.model, kind.images(), 1, layers={site: False}) as trace:
-        activations, scores = trace.activations(site), trace.scores
+    point = locate(kind.model, "second")
+    with Trace.record(kind.model, kind.images(), 1, layers={point: False}) as trace:
+        activations, scores = trace.activations(point), trace.scores
     shares = kind.model.head.weight[1] * activations.mean((2, 3)) / scores[:, None]
     expected = torch.einsum("nc,nchw->nhw", shares, activations).detach()
     torch.testing.assert_close(ablationcam(kind.model, kind.images(), 1, upsample=False), expected)
@@ -314,7 +314,7 @@ def test_negative_scores_turn_the_sign() -> None:
     torch.testing.assert_close(one, zero)
 
 
-@pytest.mark.parametrize("explainer", [eigencam, scorecam, ablationcam], ids=lambda each: each.name)
+@pytest.mark.parametrize("explainer", [eigencam, scorecam, ablationcam], ids=lambda explainer: explainer.name)
 def test_several_layers(explainer: Any) -> None:
     kind, layers = animal("plain"), ["first", "second"]
     with unchanged(kind.model):

@@ -151,24 +151,24 @@ def test_vargrad_is_the_variance_that_smoothgrad_averages_over() -> None:
 
 
 @pytest.mark.parametrize("explainer", [smoothgrad, vargrad, integrated_gradients])
-def test_a_callable_may_score_images_by_their_place(explainer: Any) -> None:
+def test_a_callable_may_score_images_by_their_index(explainer: Any) -> None:
     kind = animal("plain")
     options = {name: 3 for name in ("n_samples", "n_steps") if name in explainer.options}
-    by_place = explainer(kind.model, kind.images(), lambda output: output[torch.arange(3), TARGETS], **options)
-    assert_same(by_place, explainer(kind.model, kind.images(), TARGETS, **options))
+    by_index = explainer(kind.model, kind.images(), lambda output: output[torch.arange(3), TARGETS], **options)
+    assert_same(by_index, explainer(kind.model, kind.images(), TARGETS, **options))
 
 
 @pytest.mark.parametrize("explainer", [smoothgrad, vargrad, integrated_gradients])
-def test_other_machines_are_filled_with_more_copies(explainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images, seen = Net(), torch.rand(3, 3, 9, 9), list[int]()
-    model.head.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+def test_more_copies_run_at_once_on_other_devices(explainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images, counts = Net(), torch.rand(3, 3, 9, 9), list[int]()
+    model.head.register_forward_hook(lambda module, args, output: counts.append(len(output)))
     options = {name: 24 for name in ("n_samples", "n_steps") if name in explainer.options}
     expected = explainer(model, images, 1, **options)
-    assert seen == [3, *[6] * 12]
+    assert counts == [3, *[6] * 12]
     monkeypatch.setattr(input_gradients, "rows_per_pass", lambda device, cpu, other: other)
-    seen.clear()
+    counts.clear()
     assert_same(explainer(model, images, 1, **options), expected)
-    assert seen == [3, 48, 24]
+    assert counts == [3, 48, 24]
 
 
 @pytest.mark.parametrize("explainer", [smoothgrad, vargrad, integrated_gradients])
@@ -177,7 +177,7 @@ def test_channels_are_checked_before_the_passes(explainer: Any) -> None:
     model.head.register_forward_hook(lambda *_: ran.append(1))
     with pytest.raises(ConfigurationError, match="channels takes 'max_abs', 'sum' or None, got 'mean'"):
         explainer(model, torch.rand(1, 3, 9, 9), 1, channels="mean")
-    assert len(ran) == 1  # the look at the images themselves
+    assert len(ran) == 1  # the pass on the images themselves
 
 
 def test_draws_are_the_cpus_whatever_device_is_the_default() -> None:
@@ -195,8 +195,8 @@ def test_draws_are_the_cpus_whatever_device_is_the_default() -> None:
     expected = maps()
     with torch.device("meta"):
         got = maps()
-    for each, its_own in zip(got, expected, strict=True):
-        assert_same(each, its_own)
+    for maps_of_method, expected_maps in zip(got, expected, strict=True):
+        assert_same(maps_of_method, expected_maps)
 
 
 def test_numpys_numbers_will_do() -> None:
@@ -217,7 +217,7 @@ BASELINES = [None, "zeros", 0.5, "mean", "blur", "uniform", "noise", COLOUR, [0.
 @pytest.mark.parametrize("baselines", BASELINES, ids=str)
 @pytest.mark.parametrize(
     ("name", "n_steps", "share"),
-    # The deeper, the more kinks lie on the way, each of which a rule for smooth functions misses by a little.
+    # Deeper models have more kinks along the path, for which a quadrature of smooth functions is inexact.
     [("plain", 60, 4e-3), ("flattening", 60, 4e-3), pytest.param("resnet", 200, 2e-2, marks=pytest.mark.matrix)],
 )
 def test_attributions_sum_to_the_difference_of_the_scores(
@@ -280,7 +280,7 @@ def baseline(images: Tensor, name: str) -> Tensor:
     return images - integrated_gradients(model, images, 1, n_steps=1, baselines=name, channels=None)
 
 
-def test_baselines_look_as_they_are_called() -> None:
+def test_baselines_have_the_statistics_of_their_names() -> None:
     images = torch.rand(2, 3, 40, 40) * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1) - 0.5
     low, high = images.amin((1, 2, 3)), images.amax((1, 2, 3))
     blurred = baseline(images, "blur")
@@ -306,8 +306,8 @@ def test_baselines_are_what_they_are_called() -> None:
     torch.testing.assert_close(maps("mean"), maps(images.mean((2, 3), keepdim=True)))
     torch.testing.assert_close(maps(0.25), maps(torch.tensor(0.25)))
     torch.testing.assert_close(maps(0.25), maps(np.full((3, 1, 1), 0.25)))
-    own = images.flip(0)  # one for each image, cut up as they are
-    torch.testing.assert_close(maps(own), maps(own, batch_size=2))
+    flipped = images.flip(0)  # one for each image, in chunks as they are
+    torch.testing.assert_close(maps(flipped), maps(flipped, batch_size=2))
     for random in ("uniform", "noise"):
         assert torch.equal(maps(random), maps(random))
         torch.testing.assert_close(maps(random), maps(random, batch_size=2))

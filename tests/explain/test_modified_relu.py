@@ -25,7 +25,7 @@ CAPTUMS = {guided_backprop: GuidedBackprop, deconvnet: Deconvolution}
 
 
 class OneConvolution(nn.Module):
-    """captum's own: a convolution of ones, whose map is flattened into a linear layer."""
+    """captum's example: a convolution of ones, whose map is flattened into a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def test_guided_gradcam_is_captums(name: str) -> None:
 
 
 class Functional(nn.Module):
-    """Two convolutions and a linear layer, with a rectifier between them that is called in some way."""
+    """Two convolutions and a linear layer, with a ReLU after each convolution that is called in some way."""
 
     def __init__(self, rectify: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("explainer", METHODS)
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_call_a_rectifier(way: str, explainer: Any) -> None:
+def test_every_way_to_call_a_relu(way: str, explainer: Any) -> None:
     torch.manual_seed(3)
     model, images = Functional(WAYS[way]), torch.rand(3, 3, 10, 10)
     plain = Functional(F.relu)
@@ -165,7 +165,7 @@ class Branches(nn.Module):
 
 
 def test_a_shared_relu_in_parallel_branches_where_captums_deconvolution_is_wrong() -> None:
-    # captum puts the gradient of the ReLU's last call in place of that of every call.
+    # captum uses the gradient of the ReLU's last call for every call.
     torch.manual_seed(3)
     model, images = Branches(), torch.rand(3, 3, 10, 10)
     for explainer in METHODS:
@@ -247,7 +247,7 @@ def test_other_activations_are_refused(activation: nn.Module, called: str, expla
 
 @pytest.mark.parametrize("explainer", [*METHODS, guided_gradcam])
 @pytest.mark.parametrize("activation", [nn.Identity(), nn.Sigmoid(), lambda x: x.clamp(min=-1)])
-def test_a_model_without_rectifiers_is_refused(activation: Any, explainer: Any) -> None:
+def test_a_model_without_relus_is_refused(activation: Any, explainer: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"Functional calls no ReLU .* whose gradient could be modified"):
         explainer(Functional(activation), torch.rand(2, 3, 10, 10), 1)
 
@@ -279,7 +279,7 @@ def test_a_callable_keeps_its_own_gradient(explainer: Any) -> None:
     assert_same(got, scaled(logits.sigmoid()))
     got = explainer(model, images, lambda output: -F.relu(5 - output[:, 1]), channels=None)
     assert_same(got, scaled(torch.ones(3)))
-    # The model's own rectifiers are changed again afterwards.
+    # The model's ReLUs are modified again afterwards.
     assert_same(explainer(model, images, 1, channels=None), plain)
 
 
@@ -317,7 +317,7 @@ def test_the_classic_example_in_one_dimension() -> None:
 
 
 class Stack(nn.Module):
-    """Convolutions, rectifiers and a pool, without overlap, as in the paper."""
+    """Convolutions, ReLUs and a pooling without overlap, as in the paper."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -339,8 +339,8 @@ def test_a_unit_is_unpooled_rectified_and_filtered() -> None:
         units = model.two(pooled)[:, 2]
         kept = torch.zeros(4, 4, *units.shape[1:])
         for number, unit in enumerate(units):
-            place = divmod(int(unit.argmax()), unit.shape[1])
-            kept[number, 2, place[0], place[1]] = unit[place].clamp(min=0)
+            row, column = divmod(int(unit.argmax()), unit.shape[1])
+            kept[number, 2, row, column] = unit[row, column].clamp(min=0)
         filtered = F.conv_transpose2d(kept, model.two.weight, stride=2, output_padding=1)
         unpooled = F.max_unpool2d(filtered, switches, 2, output_size=first.shape[2:])
         expected = F.conv_transpose2d(unpooled.relu(), model.one.weight, padding=1)
@@ -354,7 +354,7 @@ def test_a_unit_is_unpooled_rectified_and_filtered() -> None:
 
 
 def test_overlapping_pools_sum_at_shared_switches() -> None:
-    # max_unpool2d would overwrite: one place is the maximum of several pools.
+    # max_unpool2d would overwrite: one position is the maximum of several pools.
     model = nn.Sequential(nn.MaxPool2d(3, stride=1), nn.Conv2d(1, 1, 2, bias=False))
     nn.init.ones_(model[1].weight)
     images = torch.zeros(1, 1, 4, 4)
@@ -387,7 +387,7 @@ def test_the_last_call_of_a_layer_is_meant() -> None:
     torch.testing.assert_close(maps, deconvnet(model, images, unit=("two", 2), channels=None))
 
 
-def test_a_unit_of_a_layer_without_places() -> None:
+def test_a_unit_of_a_layer_without_positions() -> None:
     maps = deconvnet(Stack(), torch.rand(2, 3, 12, 12), unit=("head", 1))
     assert maps.shape == (2, 12, 12)
 
@@ -397,11 +397,11 @@ def test_no_pass_is_run_twice(explainer: Any, passes: int) -> None:
     model, images, ran = Stack(), torch.rand(2, 3, 12, 12), []
     model.head.register_forward_hook(lambda *_: ran.append(1))
     maps = explainer(model, images, 1)
-    sites = {locate(model, None, images): True} if explainer is guided_gradcam else {}
-    assert len(ran) == passes + len(sites)
-    # On a look that is shared with other methods, it takes its own.
-    with Trace.record(model, images, 1, layers=sites) as trace:
-        assert_same(explainer.attribute(trace, *sites), maps)
+    points = {locate(model, None, images): True} if explainer is guided_gradcam else {}
+    assert len(ran) == passes + len(points)
+    # With a Trace that is shared with other methods, it runs one more pass.
+    with Trace.record(model, images, 1, layers=points) as trace:
+        assert_same(explainer.attribute(trace, *points), maps)
 
 
 @pytest.mark.parametrize("name", ["resnet", "vgg_bn", "densenet", "checkpointed"])
@@ -445,7 +445,7 @@ def test_units_that_do_not_fit(options: dict[str, Any], message: str) -> None:
         deconvnet(model, torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)), **options)
 
 
-def test_a_units_way_through_another_activation_is_refused() -> None:
+def test_a_unit_behind_another_activation_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 64, 2))
     with pytest.raises(ConfigurationError, match="'gelu' is not a ReLU"):
         deconvnet(model, torch.rand(1, 3, 12, 12), unit=("2", 1))

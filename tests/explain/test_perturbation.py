@@ -49,7 +49,7 @@ def test_occlusion_is_the_reference(name: str, patch: float, stride: float, fill
 
 
 @pytest.mark.parametrize("rows", [1, 1000])
-def test_how_many_positions_are_seen_at_once_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_many_positions_run_at_once_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = animal("plain")
     expected = occlusion(kind.model, kind.images(), TARGETS)
     masked = rise(kind.model, kind.images(), TARGETS, n_masks=20)
@@ -86,13 +86,13 @@ def test_every_pixel_is_covered() -> None:
                 assert starts == sorted(set(starts))
 
 
-def test_what_stands_at_each_position() -> None:
+def test_the_values_at_each_position() -> None:
     kind = animal("plain")
     model, images = kind.model.eval(), kind.images()
     tops, lefts = patch_starts((14, 18), 6, 4)
     assert (tops, lefts) == ([0, 4, 8], [0, 4, 8, 12])
     clean = model(images).detach()
-    found = {
+    values = {
         returns: occlusion(model, images, TARGETS, patch=6, stride=4, fill=0.0, returns=returns)  # type: ignore[arg-type]
         for returns in ("drop", "probability", "predicted")
     }
@@ -108,9 +108,9 @@ def test_what_stands_at_each_position() -> None:
                     "predicted": logits.argmax(),
                 }
                 for name, value in expected.items():
-                    torch.testing.assert_close(found[name][number, row, column], value, atol=1e-5, rtol=1e-4)
-    assert found["predicted"].dtype == torch.int64
-    assert found["drop"].shape == (3, 3, 4)
+                    torch.testing.assert_close(values[name][number, row, column], value, atol=1e-5, rtol=1e-4)
+    assert values["predicted"].dtype == torch.int64
+    assert values["drop"].shape == (3, 3, 4)
 
 
 def test_the_probability_of_one_logit() -> None:
@@ -176,18 +176,18 @@ def test_occlusions_options_out_of_range(options: dict[str, Any], message: str) 
 # ---- what a window can change
 
 
-@pytest.mark.parametrize("kind", ANIMALS, ids=lambda each: each.name)
+@pytest.mark.parametrize("kind", ANIMALS, ids=lambda kind: kind.name)
 def test_windows_give_what_whole_images_give(kind: Animal, monkeypatch: pytest.MonkeyPatch) -> None:
     images = kind.images(2)
-    asked: dict[str, Any] = {"patch": 0.25, "stride": 0.15, "returns": "drop"}
+    options: dict[str, Any] = {"patch": 0.25, "stride": 0.15, "returns": "drop"}
     targets = torch.tensor([0, 1])
-    got = occlusion(kind.model, images, targets, **asked)
+    got = occlusion(kind.model, images, targets, **options)
     monkeypatch.setattr(perturbation, "Windowed", Whole)
-    torch.testing.assert_close(got, occlusion(kind.model, images, targets, **asked), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(got, occlusion(kind.model, images, targets, **options), atol=1e-6, rtol=1e-4)
 
 
 class Whole(Windowed):
-    """Copies that are whole from the beginning."""
+    """Copies that are plain tensors from the beginning."""
 
     @staticmethod
     def __new__(cls, *args: Any) -> Any:
@@ -251,7 +251,7 @@ def test_local_layers_stay_local(module: nn.Module) -> None:
     ],
     ids=str,
 )
-def test_other_layers_see_whole_images(module: nn.Module) -> None:
+def test_other_layers_run_on_whole_images(module: nn.Module) -> None:
     some, whole = copies()
     with torch.no_grad():
         got = module.eval()(some)
@@ -341,7 +341,7 @@ def test_what_is_detached_shares_its_values(change: Any) -> None:
 
 
 class Foreign(Net):
-    """Passes by the functions that know windows, as compiled code in other languages does."""
+    """Bypasses ``__torch_function__``, as compiled extensions do."""
 
     def features(self, images: Tensor) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():
@@ -349,7 +349,7 @@ class Foreign(Net):
 
 
 @pytest.mark.parametrize("context", [nullcontext, torch.no_grad, torch.inference_mode])
-def test_a_part_that_does_not_ask_sees_whole_images(context: Any) -> None:
+def test_a_part_that_bypasses_the_functions_gets_whole_images(context: Any) -> None:
     torch.manual_seed(0)
     expected = occlusion(Net(), images := torch.rand(2, 3, 20, 20), 1)
     torch.manual_seed(0)
@@ -363,8 +363,8 @@ def bright(images: Tensor) -> Tensor:
     return (images > 0.5).float()
 
 
-def test_a_scripted_function_sees_whole_images() -> None:
-    # It passes by the functions that know windows, and whatever a comparison says of no number is a number.
+def test_a_scripted_function_gets_whole_images() -> None:
+    # TorchScript bypasses __torch_function__, and a comparison of missing values would not fail.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scripted = torch.jit.script(bright)
@@ -374,7 +374,7 @@ def test_a_scripted_function_sees_whole_images() -> None:
     assert_same(occlusion(model, images, 1, predict=lambda model, images: model(scripted(images))), expected)
 
 
-def test_a_part_that_reads_memory_sees_whole_images() -> None:
+def test_a_part_that_reads_memory_gets_whole_images() -> None:
     class Reading(Net):
         def features(self, images: Tensor) -> Tensor:
             with torch._C.DisableTorchFunctionSubclass():  # as an extension does
@@ -403,13 +403,13 @@ def test_an_error_of_the_models_own_is_raised_by_the_first_run(explainer: Any) -
     assert len(runs) == 1
 
 
-@pytest.mark.parametrize("explainer", [occlusion, rise], ids=lambda each: each.name)
+@pytest.mark.parametrize("explainer", [occlusion, rise], ids=lambda explainer: explainer.name)
 def test_a_bar_shows_how_far_it_is(explainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bars = []
 
     class Bar(tqdm.auto.tqdm):  # type: ignore[misc]
         def __init__(self, **options: Any) -> None:
-            self.asked = options
+            self.options = options
             super().__init__(**options | {"disable": False, "delay": 0, "file": io.StringIO()})
             bars.append(self)
 
@@ -418,8 +418,8 @@ def test_a_bar_shows_how_far_it_is(explainer: Any, monkeypatch: pytest.MonkeyPat
     explainer(Net(), torch.rand(2, 3, 9, 9), 1, **options)
     (bar,) = bars
     assert bar.n == bar.total == {occlusion: 2 * 9, rise: 2 * 20}[explainer]
-    assert bar.asked["disable"] is None  # where somebody watches
-    assert 1 <= bar.asked["delay"] <= 10  # seconds, so that short work shows none
+    assert bar.options["disable"] is None  # on a terminal only
+    assert 1 <= bar.options["delay"] <= 10  # seconds, so that short work shows none
 
 
 def test_a_look_into_windows_is_an_error() -> None:
@@ -443,14 +443,14 @@ def test_rise_is_the_reference(name: str) -> None:
 
 
 def shown(side: int, grid: int) -> Tensor:
-    """(shifts, side, grid): what each cell adds to each pixel of one axis of a mask, as the paper makes them.
+    """(shifts, side, grid): the weight of each cell in each pixel along one axis of a mask, as in the paper.
 
     The cells are enlarged bilinearly to (grid + 1) * ceil(side / grid), and cropped at a shift of less than a cell.
     """
     cell = math.ceil(side / grid)
     pixels = torch.arange(cell)[:, None] + torch.arange(side)
-    places = ((pixels + 0.5) * grid / ((grid + 1) * cell) - 0.5).clamp(0, grid - 1)  # counted in cells' centres
-    return (1 - (places[..., None] - torch.arange(grid)).abs()).clamp(min=0)
+    positions = ((pixels + 0.5) * grid / ((grid + 1) * cell) - 0.5).clamp(0, grid - 1)  # counted in cells' centres
+    return (1 - (positions[..., None] - torch.arange(grid)).abs()).clamp(min=0)
 
 
 def test_rise_of_a_linear_model_comes_to_what_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from lightning_interp.model.trace import Trace
         ((2, 7, 7, 7), (224, 224), "channels_first"),  # where both would do
         ((2, 8, 10, 96), (230, 300), "channels_last"),  # patches of 32, the last ones padded
         ((2, 55, 55, 48), (224, 224), "channels_last"),  # strides without padding
-        ((2, 48, 40, 25), (80, 200), "channels_first"),  # strides of their own along the width, as for spectrograms
+        ((2, 48, 40, 25), (80, 200), "channels_first"),  # other strides along the width, as for spectrograms
         ((2, 64, 64, 16), (64, 64), "channels_first"),
         ((2, 196, 8), (224, 224), 0),
         ((2, 197, 8), (224, 224), 1),
@@ -59,7 +59,7 @@ def test_the_grid_is_a_view() -> None:
         assert tensor.any()
 
 
-def test_what_has_no_places_is_left_alone() -> None:
+def test_activations_without_positions_are_returned_unchanged() -> None:
     for shape in ((2, 8), (2, 9000, 8)):
         tensor = torch.zeros(shape)
         assert to_grid(tensor, (32, 32)) is tensor
@@ -80,36 +80,36 @@ def build(name: str, **options: Any) -> nn.Module:
     ],
     ids=["vit_b_32", "swin_t", "vit_tiny", "deit_distilled", "timm_swin"],
 )
-def test_the_tokens_that_have_the_last_say_are_found(model: Any, size: int, name: str, grid: tuple[int, ...]) -> None:
+def test_tokens_of_the_last_attention_are_located(model: Any, size: int, name: str, grid: tuple[int, ...]) -> None:
     with torch.device("meta"):
-        found, images = model(), torch.empty(2, 3, size, size)
-        site = locate(found, None, images)
-    assert site.name == name
+        transformer, images = model(), torch.empty(2, 3, size, size)
+        point = locate(transformer, None, images)
+    assert point.name == name
     with torch.device("meta"), torch.no_grad():
         kept: list[torch.Tensor] = []
-        assert site.module is not None
-        handle = site.module.register_forward_hook(lambda module, args, output: kept.append(output))
-        found.eval()(images)
+        assert point.module is not None
+        handle = point.module.register_forward_hook(lambda module, args, output: kept.append(output))
+        transformer.eval()(images)
         handle.remove()
-        assert to_grid(kept[site.call_index], (size, size)).shape == (2, *grid)
+        assert to_grid(kept[point.call_index], (size, size)).shape == (2, *grid)
 
 
 def test_averaged_tokens_are_found() -> None:
     model = timm.models.VisionTransformer(
         img_size=32, patch_size=8, depth=1, num_heads=2, embed_dim=8, num_classes=3, global_pool="avg"
     )
-    site, images = locate(model, None, torch.rand(2, 3, 32, 32)), torch.rand(2, 3, 32, 32)
-    assert site.name == "input of mean"  # what is left of the tokens without the first
-    with Trace.record(model, images, 1, layers={site: True}) as trace:
-        assert trace.activations(site).shape == (2, 8, 4, 4)
-        assert trace.gradients(site).any()
+    point, images = locate(model, None, torch.rand(2, 3, 32, 32)), torch.rand(2, 3, 32, 32)
+    assert point.name == "input of mean"  # of the tokens without the first
+    with Trace.record(model, images, 1, layers={point: True}) as trace:
+        assert trace.activations(point).shape == (2, 8, 4, 4)
+        assert trace.gradients(point).any()
 
 
-def test_the_class_token_no_longer_listens_to_the_last_blocks_places() -> None:
+def test_the_class_token_does_not_depend_on_the_patch_tokens_of_the_last_block() -> None:
     # Why ``locate`` goes back to what enters the last attention.
     model = timm.models.VisionTransformer(img_size=32, patch_size=8, depth=2, num_heads=2, embed_dim=8, num_classes=3)
     late, images = locate(model, "blocks.1"), torch.rand(2, 3, 32, 32)
-    found = locate(model, None, images)
-    with Trace.record(model, images, 1, layers={late: True, found: True}) as trace:
+    located = locate(model, None, images)
+    with Trace.record(model, images, 1, layers={late: True, located: True}) as trace:
         assert not trace.gradients(late).any()
-        assert trace.gradients(found).any()
+        assert trace.gradients(located).any()

@@ -13,7 +13,7 @@ import torch
 import torchmetrics
 from torch import Tensor, nn
 
-from lightning_interp.model import preserve as guard
+from lightning_interp.model import preserve
 from lightning_interp.model.preserve import isolate_rng, preserve_state
 from tests.helpers.states import differences, state_of, unchanged, unsettle
 from tests.helpers.zoo import Net
@@ -81,7 +81,7 @@ def change_buffers_in_place(module: Module) -> None:
 
 
 def rebind_buffers(module: Module) -> None:
-    module.table.mul_(2)  # in place, and then out of sight
+    module.table.mul_(2)  # in place, and then rebound
     module.table = torch.zeros(5)
     module.empty = torch.ones(1)
     module.register_buffer("another", torch.ones(1))
@@ -125,7 +125,7 @@ def swap_parameters(module: Module) -> None:
     module.net.head.bias = None
 
 
-def count(module: Module) -> None:
+def update_metrics(module: Module) -> None:
     module.metric.update(torch.tensor(5.0))
     module.metric(torch.tensor(6.0))
     module.metric.compute()
@@ -140,7 +140,7 @@ def reset_metrics(module: Module) -> None:
     module.kept.reset()
 
 
-def say(module: Module) -> None:
+def log(module: Module) -> None:
     module.log("loud", 1)
     module.log_dict({"louder": 1})
 
@@ -168,13 +168,13 @@ DISTURBANCES: list[Callable[[Module], None]] = [
     change_gradients,
     swap_modules,
     swap_parameters,
-    count,
+    update_metrics,
     reset_metrics,
-    say,
+    log,
     stash,
     switch_grad_mode,
 ]
-over_disturbances = pytest.mark.parametrize("disturb", DISTURBANCES, ids=lambda each: each.__name__)
+over_disturbances = pytest.mark.parametrize("disturb", DISTURBANCES, ids=lambda disturb: disturb.__name__)
 
 
 @ENDINGS
@@ -192,7 +192,7 @@ def test_everything_is_put_back(module: Module, disturb: Callable[[Module], None
 
 
 @over_disturbances
-def test_the_check_sees_every_disturbance(module: Module, disturb: Callable[[Module], None]) -> None:
+def test_the_check_detects_every_disturbance(module: Module, disturb: Callable[[Module], None]) -> None:
     before = state_of(module)
     with isolate_rng() if disturb not in (draw, reseed) else nullcontext():
         disturb(module)
@@ -209,14 +209,14 @@ def test_the_check_sees_every_disturbance(module: Module, disturb: Callable[[Mod
         ("_keep_module", swap_modules),
         ("_keep_values", change_buffers_in_place),
         ("_keep_gradients", change_gradients),
-        ("_keep_metric", count),
+        ("_keep_metric", update_metrics),
         ("isolate_rng", draw),
     ],
 )
 def test_the_check_fails_where_a_restore_is_broken(
     module: Module, broken: str, disturb: Callable[[Module], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, broken, nullcontext if broken == "isolate_rng" else lambda _: lambda: None)
+    monkeypatch.setattr(preserve, broken, nullcontext if broken == "isolate_rng" else lambda _: lambda: None)
     with pytest.raises(AssertionError, match="changed"), unchanged(module), preserve_state(module):
         disturb(module)
 
@@ -236,14 +236,14 @@ def test_parameters_are_put_back_where_asked(module: Module, fails: bool) -> Non
     assert weight.grad is gradient
 
 
-def test_inside_everything_is_calm(module: Module) -> None:
+def test_modes_gradients_and_logging_inside(module: Module) -> None:
     switched, logged = module.switched, list(module.logged)
     with torch.inference_mode(), preserve_state(module):
-        assert not any(each.training for each in module.modules())
+        assert not any(submodule.training for submodule in module.modules())
         assert not any(parameter.requires_grad or parameter.grad is not None for parameter in module.parameters())
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
-        say(module)
+        log(module)
     assert (module.switched, module.logged) == (switched, logged)
 
 
@@ -259,14 +259,14 @@ def test_accumulated_gradients_survive_and_go_on(module: Module) -> None:
     twin = Net()
     twin.load_state_dict(module.net.state_dict())
     images = torch.rand(4, 3, 9, 9)
-    for net, look in ((module.net, True), (twin, False)):
+    for net, is_preserved in ((module.net, True), (twin, False)):
         net.train().zero_grad()
         for parameter in net.parameters():
             parameter.requires_grad_()
         for _ in range(2):
             torch.manual_seed(0)
             net(images).sum().backward()
-            if look:
+            if is_preserved:
                 with preserve_state(module):
                     change_gradients(module)
     for (name, one), other in zip(module.net.named_parameters(), twin.parameters(), strict=True):
@@ -287,13 +287,13 @@ def test_a_graph_that_waits_for_its_backward_pass_still_runs(module: Module) -> 
 
 def test_entering_again_does_nothing(module: Module, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshots: list[nn.Module] = []
-    real = guard._snapshots
+    real = preserve._snapshots
 
     def counted(modules: list[nn.Module], *rest: Any) -> Any:
         snapshots.append(modules[0])
         return real(modules, *rest)
 
-    monkeypatch.setattr(guard, "_snapshots", counted)
+    monkeypatch.setattr(preserve, "_snapshots", counted)
     with unchanged(module), preserve_state(module):
         with preserve_state(module.net), preserve_state(module):
             module.table.add_(1)
@@ -341,7 +341,7 @@ def test_lazy_and_meta_modules() -> None:
     lazy = nn.Sequential(nn.LazyLinear(3), nn.Dropout())
     with pytest.raises(ValueError, match="uninitialized parameter"), preserve_state(lazy):
         pass
-    assert all(each.training for each in lazy.modules())
+    assert all(submodule.training for submodule in lazy.modules())
     with torch.device("meta"):
         model = Net()
     with preserve_state(model):
@@ -363,11 +363,11 @@ def test_metrics_cost_no_import(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hooks_that_run_inside_still_run(module: Module) -> None:
-    seen: list[Tensor] = []
-    module.net.register_forward_hook(lambda module, args, output: seen.append(output))
+    outputs: list[Tensor] = []
+    module.net.register_forward_hook(lambda module, args, output: outputs.append(output))
     with preserve_state(module):
         module.net(torch.rand(2, 3, 9, 9))
-    assert len(seen) == 1
+    assert len(outputs) == 1
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
