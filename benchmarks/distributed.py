@@ -21,11 +21,11 @@ IMAGES, SIZE, EPOCHS = 32, 96, 7
 def measure(processes: int) -> None:
     import pytorch_lightning as pl
     import torch
-    from lightning_interp.callbacks.run.coordinator import Coordinator
     from torch.utils.data import DataLoader, TensorDataset
     from torchvision.models import resnet18
 
     from lightning_interp import CAMMonitor, SaliencyMonitor
+    from lightning_interp.callbacks.run.coordinator import Coordinator
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

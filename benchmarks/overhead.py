@@ -33,8 +33,8 @@ from torchvision.utils import make_grid
 import lightning_interp as li
 from lightning_interp.callbacks import StepMonitor
 from lightning_interp.callbacks.run.coordinator import Coordinator
-from lightning_interp.weights import Layers, parameter_norms
 from lightning_interp.model.preserve import preserve_state
+from lightning_interp.weights import Layers, parameter_norms
 
 MODELS = ("resnet18", "resnet50", "vit_b_16")
 
