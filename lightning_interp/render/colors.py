@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from functools import lru_cache
-from math import ceil
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,9 +12,7 @@ from torch.nn.functional import interpolate
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.render.canvas import check_images
 
-__all__ = ["NormalizeMode", "check_colormap", "color_table", "colorize", "normalize_maps", "overlay"]
-
-NormalizeMode = Literal["relu", "min_max", "max_abs"]
+__all__ = ["check_colormap", "color_table", "colorize", "overlay"]
 
 
 def check_colormap(name: str) -> None:
@@ -128,55 +124,3 @@ def _color_indices(values: Tensor) -> Tensor:
 
 def _finite(values: Tensor) -> Tensor:
     return values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def normalize_maps(maps: Tensor, mode: NormalizeMode = "relu", *, percentile: float | None = None) -> Tensor:
-    """Scale each image's map to [0, 1] by itself.
-
-    Args:
-        maps: (N, H, W), any real dtype; non-finite values become 0.
-        mode: ``"relu"`` drops what is negative and divides by the maximum, ``"min_max"`` takes the minimum
-            to 0 and the maximum to 1, ``"max_abs"`` divides the absolute value by its maximum.
-        percentile: In (0, 100]: divide by this percentile instead of the maximum and cut at 1, so that one
-            hot pixel doesn't blacken the rest of a saliency map. The maximum is taken where it is 0.
-
-    Returns:
-        (N, H, W) float32 in [0, 1] on the maps' device. A map without any contrast is all zero, never NaN.
-
-    Raises:
-        ValueError: If the shape, the mode or the percentile is none of these.
-
-    Example:
-        >>> import torch
-        >>> normalize_maps(torch.tensor([[[-1.0, 1.0, 4.0]]])).tolist()
-        [[[0.0, 0.25, 1.0]]]
-    """
-    if maps.ndim != 3 or maps.shape[1:].numel() == 0 or maps.is_complex():
-        raise ValueError(f"maps must be real (N, H, W) with H, W > 0, got {maps.dtype} {tuple(maps.shape)}")
-    if mode not in get_args(NormalizeMode):
-        raise ValueError(f"mode must be 'relu', 'min_max' or 'max_abs', got {mode!r}")
-    if percentile is not None and not 0 < percentile <= 100:
-        raise ValueError(f"percentile must be in (0, 100] or None, got {percentile}; 99 is usual")
-    flat = maps.detach().flatten(1)
-    flat = flat if flat.dtype == torch.float64 else flat.float()
-    is_finite = flat.isfinite()
-    flat = _finite(flat)
-    flat = _divide(flat, flat.abs().amax(1, keepdim=True))  # so that no difference below overflows
-    if mode == "relu":
-        flat = flat.clamp(min=0)
-    elif mode == "max_abs":
-        flat = flat.abs()
-    else:
-        lowest = flat.masked_fill(~is_finite, torch.inf).amin(1, keepdim=True)
-        flat = (flat - lowest).masked_fill(~is_finite, 0)
-    highest = flat.amax(1, keepdim=True)
-    if percentile is not None:
-        # Sorted, as torch.quantile takes no more than 16 million values.
-        rank = ceil(percentile / 100 * flat.shape[1])
-        cut = flat.sort(1).values[:, rank - 1 : rank]
-        highest = torch.where(cut > 0, cut, highest)
-    return _divide(flat, highest).clamp(0, 1).float().view(maps.shape)
-
-
-def _divide(values: Tensor, by: Tensor) -> Tensor:
-    return values / torch.where(by > 0, by, torch.ones_like(by))

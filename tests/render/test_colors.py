@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_interp.errors import ConfigurationError
-from lightning_interp.render import check_colormap, colorize, normalize_maps, overlay
+from lightning_interp.render import check_colormap, colorize, overlay
 
 
 def rand(*shape):
@@ -54,88 +54,6 @@ def test_unknown_colormap_names_near_matches():
 def test_colorize_refuses_a_vector():
     with pytest.raises(ValueError, match=r"\(\.\.\., H, W\)"):
         colorize(torch.zeros(3))
-
-
-@pytest.mark.parametrize(
-    ("mode", "expected"),
-    [
-        ("relu", [0.0, 0.0, 0.5, 1.0]),
-        ("min_max", [0.0, 0.5, 0.75, 1.0]),
-        ("max_abs", [1.0, 0.0, 0.5, 1.0]),
-    ],
-)
-def test_normalize_modes(mode, expected):
-    maps = torch.tensor([[[-2.0, 0.0], [1.0, 2.0]]])
-    for scale in (1.0, 1e-30, 1e37):
-        torch.testing.assert_close(normalize_maps(maps * scale, mode).flatten(), torch.tensor(expected))
-
-
-@pytest.mark.parametrize("mode", ["relu", "min_max", "max_abs"])
-@pytest.mark.parametrize("percentile", [None, 99])
-def test_normalize_never_gives_nan(mode, percentile):
-    maps = torch.stack(
-        [
-            torch.zeros(4, 4),
-            torch.full((4, 4), torch.nan),
-            torch.full((4, 4), torch.inf),
-            torch.full((4, 4), -torch.inf),
-            torch.full((4, 4), 3e38),
-            torch.tensor([3e38, -3e38]).repeat(8).view(4, 4),
-        ]
-    )
-    out = normalize_maps(maps, mode, percentile=percentile)
-    assert out.dtype == torch.float32
-    assert out.isfinite().all()
-    assert out.min() >= 0
-    assert out.max() <= 1
-    assert out[:4].eq(0).all()
-    assert out[5].max() == 1
-
-
-def test_each_image_is_normalized_on_its_own_and_the_input_is_kept():
-    maps = rand(2, 5, 5) * torch.tensor([1.0, 1000.0])[:, None, None]
-    before = maps.clone()
-    assert normalize_maps(maps).amax((1, 2)).tolist() == [1, 1]
-    assert maps.equal(before)
-
-
-def test_non_finite_values_do_not_shift_the_range():
-    maps = torch.tensor([[[torch.nan, 5.0, 6.0, torch.inf]]])
-    assert normalize_maps(maps, "min_max").flatten().tolist() == [0, 0, 1, 0]
-
-
-def test_percentile_keeps_one_hot_pixel_from_blackening_the_rest():
-    maps = torch.full((1, 10, 10), 1.0)
-    maps[0, 3, 3] = 1000.0
-    assert normalize_maps(maps)[0, 0, 0] < 0.01
-    assert normalize_maps(maps, percentile=99).eq(1).all()
-
-
-def test_percentile_is_the_nearest_rank_and_falls_back_to_the_maximum():
-    maps = torch.arange(1.0, 101.0).view(1, 10, 10)
-    torch.testing.assert_close(normalize_maps(maps, percentile=50), (maps / 50).clamp(max=1))
-    sparse = torch.zeros(1, 10, 10)
-    sparse[0, 0, 0] = 4.0
-    assert normalize_maps(sparse, percentile=90).equal(sparse / 4)
-
-
-def test_normalize_takes_no_images():
-    assert normalize_maps(torch.zeros(0, 3, 3)).shape == (0, 3, 3)
-
-
-@pytest.mark.parametrize(
-    ("maps", "options", "message"),
-    [
-        (torch.zeros(3, 3), {}, r"\(N, H, W\)"),
-        (torch.zeros(1, 0, 3), {}, r"\(N, H, W\)"),
-        (torch.zeros(1, 3, 3), {"mode": "minmax"}, "'relu', 'min_max' or 'max_abs', got 'minmax'"),
-        (torch.zeros(1, 3, 3), {"percentile": 0}, r"\(0, 100\]"),
-        (torch.zeros(1, 3, 3), {"percentile": 101}, r"\(0, 100\]"),
-    ],
-)
-def test_normalize_refuses(maps, options, message):
-    with pytest.raises(ValueError, match=message):
-        normalize_maps(maps, **options)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
