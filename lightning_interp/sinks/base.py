@@ -19,15 +19,15 @@ class Sink(ABC):
     :meth:`for_logger` if it belongs to a kind of logger. Once registered (:func:`lightning_interp.sinks.register`), it
     serves every logger that it recognises.
 
-    The caller of :meth:`write` filters: a record is passed only to sinks whose :meth:`can_write` is true, and a record
-    that no sink of a run can write goes to the :class:`FileSink` in the run's folder. All methods are called from one
-    thread, which is not the training thread. No accepted record is lost after :meth:`flush` returned.
+    A run passes a record only to the sinks that accept its class; one that no sink of the run accepts goes to a
+    :class:`FileSink` in the run's folder. :meth:`write` and :meth:`flush` are called from one thread, which is not the
+    training thread, and :meth:`close` after it has ended. No accepted record is lost after :meth:`flush` returned.
 
     Attributes:
         accepts: The record classes that this sink can store.
 
     Example:
-        >>> from lightning_interp.sinks import Scalar, Text
+        >>> from lightning_interp.sinks import Scalar
         >>> class LastValue(Sink):
         ...     accepts = frozenset({Scalar})
         ...
@@ -40,8 +40,10 @@ class Sink(ABC):
         ...
         ...     def flush(self) -> None:
         ...         pass
-        >>> LastValue().can_write(Scalar("norms/weight/total", 1.0)), LastValue().can_write(Text("a/b", "text"))
-        (True, False)
+        >>> sink = LastValue()
+        >>> sink.write(Scalar("norms/weight/total", 1.0), step=3)
+        >>> sink.values
+        {'norms/weight/total': 1.0}
     """
 
     accepts: ClassVar[frozenset[type]]
@@ -55,10 +57,6 @@ class Sink(ABC):
                 class names along its MRO, or by the methods of its ``experiment``.
         """
         return None
-
-    def can_write(self, record: Record) -> bool:
-        """Whether this sink accepts a record."""
-        return isinstance(record, tuple(self.accepts))
 
     @abstractmethod
     def write(self, record: Record, step: int) -> None:
