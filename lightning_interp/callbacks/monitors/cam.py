@@ -88,8 +88,8 @@ class CAMMonitor(ProbeMonitor):
         """How to read the heat."""
         return (
             f"Where the evidence for a class lies, by {self.map_method.name}; the bar below the picture says which "
-            f"colour is strongest. {scale_of(self.map_method)}, so a weak map looks as hot as a strong one. A map is as "
-            "fine as its layer, on most networks a grid of 7 x 7 to 14 x 14. Green frame: predicted right; red: wrong."
+            f"colour is strongest. {scale_of(self.map_method)}, so a weak map looks as hot as a strong one. A map is "
+            "as fine as its layer, on most networks 7 x 7 to 14 x 14. Green frame: predicted right; red: wrong."
         )
 
     def needs(self, module: nn.Module) -> Needs:
