@@ -1,20 +1,15 @@
 """Records, and the sinks that write them to loggers and files."""
 
 from lightning_interp.sinks.base import Sink
-from lightning_interp.sinks.csv_logs import CSVSink
 from lightning_interp.sinks.files import FileSink
 from lightning_interp.sinks.memory import MemorySink
-from lightning_interp.sinks.mlflow import MLflowSink
 from lightning_interp.sinks.records import Histogram, Picture, Record, Scalar, ScalarLayout, Table, Text
 from lightning_interp.sinks.registry import register
 from lightning_interp.sinks.tensorboard import TensorBoardSink
-from lightning_interp.sinks.wandb import WandbSink
 
 __all__ = [
-    "CSVSink",
     "FileSink",
     "Histogram",
-    "MLflowSink",
     "MemorySink",
     "Picture",
     "Record",
@@ -24,6 +19,5 @@ __all__ = [
     "Table",
     "TensorBoardSink",
     "Text",
-    "WandbSink",
     "register",
 ]

@@ -21,11 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_interp.sinks import (
-    CSVSink,
     FileSink,
     Histogram,
     MemorySink,
-    MLflowSink,
     Picture,
     Record,
     Scalar,
@@ -34,8 +32,10 @@ from lightning_interp.sinks import (
     Table,
     TensorBoardSink,
     Text,
-    WandbSink,
 )
+from lightning_interp.sinks.csv_logs import CSVSink
+from lightning_interp.sinks.mlflow import MLflowSink
+from lightning_interp.sinks.wandb import WandbSink
 
 ODD_TAGS = [
     "cam/gradcam",

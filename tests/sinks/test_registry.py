@@ -14,19 +14,19 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from lightning_interp.errors import ConfigurationError
 from lightning_interp.sinks import (
-    CSVSink,
     MemorySink,
-    MLflowSink,
     Picture,
     Record,
     Scalar,
     Sink,
     TensorBoardSink,
-    WandbSink,
     register,
     registry,
 )
+from lightning_interp.sinks.csv_logs import CSVSink
+from lightning_interp.sinks.mlflow import MLflowSink
 from lightning_interp.sinks.registry import sinks_for
+from lightning_interp.sinks.wandb import WandbSink
 from tests.helpers.stores import rows_of
 
 
