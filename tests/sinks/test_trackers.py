@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_interp.sinks import Histogram, MLflowSink, Scalar, Text, WandbSink
+from lightning_interp.sinks import Histogram, Scalar, Text
+from lightning_interp.sinks.mlflow import MLflowSink
 from lightning_interp.sinks.registry import sinks_for
+from lightning_interp.sinks.wandb import WandbSink
 from tests.helpers.stores import sample, wandb_history
 
 
