@@ -1,4 +1,4 @@
-"""What monitors ask for, and what they are handed."""
+"""The values that pass between a run and its monitors."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""When to look: pure functions of a clock. Knows no torch and no Trainer."""
+"""When a monitor is due: pure functions of epoch and step. Knows no torch and no Trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning_interp.checks import check_bool, check_integer, is_integer
 from lightning_interp.errors import ConfigurationError
 
 __all__ = ["Schedule"]
@@ -12,16 +13,16 @@ __all__ = ["Schedule"]
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The epochs or optimiser steps at which a monitor looks.
+    """The epochs or optimiser steps at which a monitor is due.
 
-    Exactly one of the three rules holds. The answer depends on the clock alone, so it is the same on every
-    rank without a word between them.
+    Exactly one of the three rules holds. The answer depends on epoch and step alone, so it is the same on every rank
+    without communication.
 
     Args:
         every_n_epochs: Due at the end of the epochs where ``(epoch + 1) % every_n_epochs == 0``.
         at_epochs: 0-based epochs at whose end it is due, instead of ``every_n_epochs``.
         every_n_train_steps: Due after every so many optimiser steps, instead of both.
-        at_start: Whether the state before training is looked at, too, as step 0.
+        at_start: Whether it is due before training, too, as step 0.
 
     Raises:
         ConfigurationError: If a number is not a positive integer, ``at_epochs`` is empty or holds a negative
@@ -48,7 +49,7 @@ class Schedule:
         every_n_train_steps: int | None = None,
         at_start: bool = True,
     ) -> Schedule:
-        """Build a schedule from what a user typed: ``at_epochs`` may be any sequence of integers."""
+        """Build a schedule from a monitor's options: ``at_epochs`` may be any sequence of integers."""
         if at_epochs is not None:
             if isinstance(at_epochs, (str, int)):
                 raise ConfigurationError(f"at_epochs takes a list of 0-based epochs, got {at_epochs!r}")
@@ -56,14 +57,14 @@ class Schedule:
         return cls(every_n_epochs, at_epochs, every_n_train_steps, at_start)
 
     def __post_init__(self) -> None:
-        _check_positive("every_n_epochs", self.every_n_epochs)
+        check_integer("every_n_epochs", self.every_n_epochs)
         if self.every_n_train_steps is not None:
-            _check_positive("every_n_train_steps", self.every_n_train_steps)
+            check_integer("every_n_train_steps", self.every_n_train_steps)
         if self.at_epochs is not None:
-            wrong = [epoch for epoch in self.at_epochs if not _is_integer(epoch) or epoch < 0]
+            wrong = [epoch for epoch in self.at_epochs if not is_integer(epoch) or epoch < 0]
             if wrong or not self.at_epochs:
                 raise ConfigurationError(
-                    f"at_epochs takes a list of 0-based epochs, got {list(self.at_epochs)!r}; to look only at the "
+                    f"at_epochs takes a list of 0-based epochs, got {list(self.at_epochs)!r}; to record only the "
                     "untrained model, pass a schedule that is never due and keep at_start=True"
                     if not self.at_epochs
                     else f"at_epochs takes 0-based epochs, got {wrong[0]!r} in {list(self.at_epochs)!r}"
@@ -79,8 +80,7 @@ class Schedule:
         ]
         if len(chosen) > 1:
             raise ConfigurationError(f"{' and '.join(chosen)} exclude each other; give one of them")
-        if not isinstance(self.at_start, bool):
-            raise ConfigurationError(f"at_start takes True or False, got {self.at_start!r}")
+        check_bool("at_start", self.at_start)
 
     def due_after_epoch(self, epoch: int) -> bool:
         """Whether it is due at the end of the 0-based ``epoch``."""
@@ -97,12 +97,3 @@ class Schedule:
         """
         every = self.every_n_train_steps
         return every is not None and now // every > previous // every
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_positive(name: str, value: object) -> None:
-    if not _is_integer(value) or value < 1:  # type: ignore[operator]
-        raise ConfigurationError(f"{name} takes a positive integer, got {value!r}")

@@ -68,7 +68,7 @@ def test_any_sequence_of_epochs_will_do(at_epochs: Any) -> None:
         ({"every_n_epochs": 1.5}, r"every_n_epochs takes a positive integer, got 1\.5"),
         ({"every_n_epochs": True}, "every_n_epochs takes a positive integer, got True"),
         ({"every_n_train_steps": -3}, "every_n_train_steps takes a positive integer, got -3"),
-        ({"at_epochs": []}, r"at_epochs takes a list of 0-based epochs, got \[\]; to look only at the untrained model"),
+        ({"at_epochs": []}, r"at_epochs takes a list of 0-based epochs, got \[\]; to record only the untrained model"),
         ({"at_epochs": [1, -2]}, r"at_epochs takes 0-based epochs, got -2 in \[1, -2\]"),
         ({"at_epochs": [1, 2.0]}, r"at_epochs takes 0-based epochs, got 2\.0 in"),
         ({"at_epochs": "12"}, "at_epochs takes a list of 0-based epochs, got '12'"),

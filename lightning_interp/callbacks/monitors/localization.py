@@ -65,7 +65,7 @@ class LocalizationMonitor(ProbeMonitor, StreamMonitor):
     numbers are those of all ranks' images together; an image that ``DistributedSampler`` repeats to make the shards
     even counts once. Other distributed samplers may repeat images, which then count twice.
 
-    Where the objects are is taken from the first of these that says it: the batch, or what ``unpack`` makes of it, if
+    The objects are taken from the first of these that names them: the batch, or what ``unpack`` makes of it, if
     that is a mapping with ``"boxes"`` (N, 4), or a list of N (M, 4), or ``"masks"`` (N, H, W), bool or uint8, with
     ``"ignore"`` beside them for pixels that ``pixel_average_precision`` leaves out; the data set's attributes ``boxes``
     and ``masks`` with an entry for each item, where the loader goes through the items in order (without shuffling;
@@ -73,8 +73,8 @@ class LocalizationMonitor(ProbeMonitor, StreamMonitor):
     pixels of the images as the model gets them, after resizing and cropping, maxima exclusive. Images without an object
     are left out, but for ``pixel_average_precision``.
 
-    Where the module holds a :class:`~lightning_interp.localize.GAPClassifier`, the maps are its own, of the very
-    forward pass that the validation step makes; there is no second one. Otherwise, and where code is compiled or
+    Where the module holds a :class:`~lightning_interp.localize.GAPClassifier`, the maps are its own, of the
+    forward pass that the validation step runs anyway. Otherwise, and where code is compiled or
     parameters are sharded, each batch is explained by a pass of its own, with a backward pass for Grad-CAM.
 
     The picture ``localization/boxes`` shows the probe's images with their maps, the true boxes and the predicted one.

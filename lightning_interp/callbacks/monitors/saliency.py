@@ -97,7 +97,7 @@ class SaliencyMonitor(ProbeMonitor):
 
     def draw(self, outputs: Mapping[str, Tensor], probe: Probe) -> Iterator[Picture]:
         """One grid of image and map pairs."""
-        # A few hot pixels would leave the rest black.
+        # By a percentile: a few outliers would leave all other pixels black.
         heat = explain.normalize_maps(outputs["maps"], "max_abs", percentile=_PERCENTILE)
         tiles = side_by_side(enlarge(probe.to_display()), enlarge(colorize(heat, self.cmap)))
         scale = ColorScale(

@@ -234,7 +234,7 @@ class Coordinator(Callback):
         is_fresh = self.steps.steps == 0
         starting = [monitor for monitor in self.monitors if monitor.schedule.at_start and is_fresh]
         self.snapshots.take(module, starting, step=0)
-        # The others do a dry run on one image, so that what cannot work is said before the first batch is trained.
+        # The others do a dry run on one image, so that what cannot work is reported before the first batch is trained.
         self.snapshots.take(module, [each for each in self.monitors if each not in starting], step=0, dry_run=True)
         if is_fresh:
             self.snapshots.write_results(self.measures.start(module), step=0)

@@ -104,7 +104,7 @@ class Failures:
         if any(monitor.on_error == "raise" for monitor in self._monitors):
             raise ConfigurationError(reason)
         if self._ranks.is_rank_zero and not self._disabled:
-            warnings.warn(f"lightning_interp sees nothing of this run: {reason}", stacklevel=2)
+            warnings.warn(f"lightning_interp records nothing of this run: {reason}", stacklevel=2)
         self._disabled.update(self._monitors)
 
     def _disable(self, monitor: Monitor, error: Exception) -> None:

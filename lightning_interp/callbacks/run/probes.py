@@ -117,7 +117,7 @@ class ProbeStore:
         return result
 
     def _build(self, key: object, build: Callable[[], Probe]) -> None:
-        """Build a probe; where the data fail, rather than their reader, the monitors that asked for it fail."""
+        """Build a probe; an error of the data set is one of the monitors that need it."""
         try:
             self._keep(key, self.build_on_rank_zero(build))
         except ConfigurationError:

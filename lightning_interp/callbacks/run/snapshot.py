@@ -120,7 +120,7 @@ class Snapshots:
                 groups.setdefault((id(self._probes.get(monitor)), monitor.predict), []).append(monitor)
         for monitors in groups.values():
             probe = self._probes.get(monitors[0])
-            assert probe is not None, "a snapshot before the probe was found"
+            assert probe is not None, "a snapshot without a probe"
             with collecting(outcome.errors, monitors):
                 self._probe_pass.run(module, probe, monitors, outcome, dry_run=dry_run)
 

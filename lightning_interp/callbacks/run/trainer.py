@@ -42,7 +42,7 @@ def probe_loader(trainer: Trainer) -> Any:
     """The loader that probes come from by default: the stage's first; training's where there is none, or no image."""
     stages = [trainer.test_dataloaders] if trainer.testing else [trainer.val_dataloaders, trainer.train_dataloader]
     for loader in map(_first_loader, stages):
-        if loader is not None and not _is_empty(loader):  # a loader's own truth is its length, and a stream has none
+        if loader is not None and not _is_empty(loader):  # not bool(loader): an iterable data set has no length
             return loader
     return None
 
@@ -98,7 +98,7 @@ _folders: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 
 
 def run_folder(trainer: Trainer) -> tuple[Path, bool]:
-    """The folder of a run's files, and whether it is asked for the first time."""
+    """The folder of a run's files, and whether it is new."""
     is_new = trainer not in _folders
     if is_new:
         _folders[trainer] = _new_folder(trainer)

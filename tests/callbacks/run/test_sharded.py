@@ -226,7 +226,7 @@ def test_what_cannot_be_read_is_said_once_and_the_run_goes_on(
         warnings.simplefilter("always")
         fit([*default_monitors(probe=2), NormMonitor(name="often", every_n_train_steps=1)], module)
     assert [str(each.message) for each in caught if "flat parameters" in str(each.message)] == [
-        "lightning_interp sees nothing of this run: flat parameters"
+        "lightning_interp records nothing of this run: flat parameters"
     ]
     assert module.trained == 6
     assert memory.records == []
