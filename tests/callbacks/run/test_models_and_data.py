@@ -64,7 +64,7 @@ def check(memory: MemorySink, expected: tuple[int, ...] = (0, 2)) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"val": None}, {"limit_val_batches": 0}, {"val": [loader(dataset(8)), loader(dataset(4))]}], ids=str
+    "options", [{"val": None}, {"limit_val_batches": 0}, {"val": [loader(dataset(8)), loader(dataset(4))]}]
 )
 def test_with_and_without_validation(memory: MemorySink, options: dict[str, Any]) -> None:
     module = Net()
