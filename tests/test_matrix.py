@@ -141,7 +141,7 @@ def events(file: Path) -> dict[tuple[str, int], int]:
 
 def played(folder: Path, cases: list[tuple[str, str]]) -> dict[str, Any]:
     """What two processes found in these cases: for each and for each rank, the differences and the steps looked at."""
-    play(HELPERS / "matrix_two_processes.py", folder, json.dumps(cases), timeout=240)
+    play(HELPERS / "matrix_two_processes.py", folder, json.dumps(cases), timeout=240, ranks=2)
     return {name: each for rank in (0, 1) for name, each in json.loads((folder / f"{rank}.json").read_text()).items()}
 
 
