@@ -123,9 +123,17 @@ def _count_carefully(values: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     kept = torch.where(finite, values, torch.nan)
     # Halved, because the span of a type's largest values is infinite in that type.
     span = high / 2 - low / 2
-    counts = torch.histc((kept / 2 - low / 2) / torch.where(span > 0, span, 1), bins, 0, 1).double()
+    counts = _histogram_of_fractions((kept / 2 - low / 2) / torch.where(span > 0, span, 1), bins)
     total, squares = kept.nansum(dtype=torch.float64), kept.double().square().nansum()
     return torch.cat([torch.stack([low.double(), high.double(), total, squares]), counts]), (~finite).sum().double()
+
+
+def _histogram_of_fractions(fractions: Tensor, bins: int) -> Tensor:
+    """Count values of 0 to 1, and leave NaN out; ``histc`` has no deterministic kernel on a GPU."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return torch.histc(fractions, bins, 0, 1).double()
+    indices = (fractions * bins).clamp(max=bins - 1).nan_to_num(bins).long()
+    return torch.bincount(indices, minlength=bins + 1)[:bins].double()
 
 
 def _to_cpu(rows: list[Tensor]) -> list[Tensor]:

@@ -75,7 +75,9 @@ def test_what_cuda_refuses_is_refused_here(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("explainer", [explain.gradcam, explain.saliency, explain.occlusion], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "explainer", [explain.gradcam, explain.saliency, explain.occlusion], ids=lambda each: each.name
+)
 def test_explaining_frees_what_it_took(explainer: Explainer) -> None:
     kind, device = animal("resnet"), torch.device("cuda")
     model = copy.deepcopy(kind.model).to(device)

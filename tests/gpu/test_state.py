@@ -40,9 +40,14 @@ def test_streams_are_put_back_on_errors(device: torch.device) -> None:
     model = copy.deepcopy(animal("plain").model).to(device)
     draw(device)
     before = streams()
-    with pytest.raises(ZeroDivisionError), preserve_state(model):
-        draw(device)
-        raise ZeroDivisionError
+
+    def draw_and_fail() -> None:
+        with preserve_state(model):
+            draw(device)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        draw_and_fail()
     assert same(before)
 
 

@@ -22,7 +22,13 @@ from tests.helpers.processes import HELPERS, play
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{words}") for words in matrix.LIGHTNINGS_OWN]
 # The rest of the settings on the CPU are those of test_matrix.py.
 ON_BOTH = ["batch norm and dropout", "a localiser"]
-ON_GPU = ["steps amid accumulation", "frozen batch norms", "bf16 autocast", "manual, two optimisers", "weight averaging"]
+ON_GPU = [
+    "steps amid accumulation",
+    "frozen batch norms",
+    "bf16 autocast",
+    "manual, two optimisers",
+    "weight averaging",
+]
 ON_GPU += ["resumed inside an epoch", "compiled module"]
 
 

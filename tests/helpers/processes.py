@@ -46,7 +46,7 @@ def finish(process: subprocess.Popen[str], folder: Path, timeout: float = 120) -
 def play(script: Path, folder: Path, *arguments: str, timeout: float = 180, ranks: int = 1) -> Path:
     """Run a script to its end; what it left is in the folder.
 
-    With ``ranks``, its ``main`` runs on so many processes; otherwise Lightning starts them as the script's strategy says.
+    With ``ranks``, its ``main`` runs on so many processes; otherwise Lightning starts them, by the script's strategy.
     """
     launcher = (str(HELPERS / "fork_ranks.py"), str(ranks)) if ranks > 1 else ()
     code, output = finish(start(script, folder, *arguments, launcher=launcher), folder, timeout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import warnings
 from pathlib import Path
@@ -36,6 +37,7 @@ def train(monitors: list[Any], folder: Path, accelerator: str, devices: int) -> 
     """Train, and return what this rank holds of parameters, buffers, optimiser states and random streams."""
     torch.manual_seed(3)
     np.random.seed(3)
+    random.seed(3)
     trainer = pl.Trainer(
         max_epochs=2,
         accelerator=accelerator,
