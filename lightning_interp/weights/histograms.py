@@ -122,10 +122,18 @@ def _count_any(values: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     finite = torch.where(is_finite, values, torch.nan)
     # Halved, because the span of a dtype's largest values overflows in that dtype.
     span = high / 2 - low / 2
-    counts = torch.histc((finite / 2 - low / 2) / torch.where(span > 0, span, 1), bins, 0, 1).double()
+    counts = _histogram_of_fractions((finite / 2 - low / 2) / torch.where(span > 0, span, 1), bins)
     total, squares = finite.nansum(dtype=torch.float64), finite.double().square().nansum()
     statistics = torch.stack([low.double(), high.double(), total, squares])
     return torch.cat([statistics, counts]), (~is_finite).sum().double()
+
+
+def _histogram_of_fractions(fractions: Tensor, bins: int) -> Tensor:
+    """Count values of 0 to 1, and leave NaN out; ``histc`` has no deterministic kernel on a GPU."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return torch.histc(fractions, bins, 0, 1).double()
+    indices = (fractions * bins).clamp(max=bins - 1).nan_to_num(bins).long()
+    return torch.bincount(indices, minlength=bins + 1)[:bins].double()
 
 
 def _to_cpu(rows: list[Tensor]) -> list[Tensor]:

@@ -677,7 +677,7 @@ def test_fine_tuning_learns() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return play(HELPERS / "finetuning_processes.py", tmp_path_factory.mktemp("ddp"))
+    return play(HELPERS / "finetuning_processes.py", tmp_path_factory.mktemp("ddp"), ranks=2)
 
 
 def two(folder: Path, scene: str) -> tuple[Any, Any]:

@@ -316,8 +316,14 @@ TWO_PROCESSES: dict[str, Setting] = {
     "ddp, unused parameters": Setting(Unused, trainer=DDP | {"strategy": "ddp_find_unused_parameters_true"}),
     "ddp, a flawed explanation": Setting(trainer=DDP, beside=flawed),
 }
-# Trains on GPUs only, and DDP wants one for each process; "norms that speak" stand in where there are none.
-ON_GPUS = {"ddp, SyncBatchNorm": Setting(trainer=DDP | {"accelerator": "gpu", "sync_batchnorm": True})}
+# SyncBatchNorm trains on GPUs only, one for each process; "norms that speak" stand in where there are none.
+NCCL = DDP | {"accelerator": "gpu", "deterministic": True}
+ON_GPUS: dict[str, Setting] = {
+    "ddp on GPUs": Setting(trainer=NCCL),
+    "ddp on GPUs, a localiser": Setting(Pooled, trainer=NCCL),
+    "ddp on GPUs, a flawed explanation": Setting(trainer=NCCL, beside=flawed),
+    "ddp, SyncBatchNorm": Setting(trainer=NCCL | {"sync_batchnorm": True}),
+}
 
 
 # ---- What is written down.
@@ -375,6 +381,7 @@ def snapshot(trainer: pl.Trainer) -> Snapshot:
             found["average"] = bits(average.state_dict())
             found["average's hooks"] = [hook_counts(part) for part in average.modules()]
     found["torch stream"] = bits(torch.get_rng_state())
+    found["CUDA streams"] = bits(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else None
     found["numpy stream"] = bits(np.random.get_state())
     found["python stream"] = random.getstate()
     found["modes of torch"] = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), trainer.state.stage)

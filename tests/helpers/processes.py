@@ -1,4 +1,4 @@
-"""Scripts that start processes of their own, run so that nothing of them is left, whatever happens."""
+"""Scripts that run on several processes, started so that none of them is left, whatever happens."""
 
 from __future__ import annotations
 
@@ -43,9 +43,13 @@ def finish(process: subprocess.Popen[str], folder: Path, timeout: float = 120) -
     return code, said(folder)
 
 
-def play(script: Path, folder: Path, *arguments: str, timeout: float = 180) -> Path:
-    """Run a script to its end; what it left is in the folder."""
-    code, output = finish(start(script, folder, *arguments), folder, timeout)
+def play(script: Path, folder: Path, *arguments: str, timeout: float = 180, ranks: int = 1) -> Path:
+    """Run a script to its end; what it left is in the folder.
+
+    With ``ranks``, its ``main`` runs on so many processes; otherwise Lightning starts them, by the script's strategy.
+    """
+    launcher = (str(HELPERS / "fork_ranks.py"), str(ranks)) if ranks > 1 else ()
+    code, output = finish(start(script, folder, *arguments, launcher=launcher), folder, timeout)
     assert code == 0, output
     return folder
 
