@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         "| model | probe | forward of the probe | training step (32) | ours, stall | ours, with drawing | by hand "
         "| by hand / ours | ours / forward | ours / step | histograms: add_histogram / ours | norms: ours / fused call "
-        "| peak memory added, ours | training step | writer's thread, processor time | launch-bound step while written "
-        "/ alone |"
+        "| peak memory added, ours | training step | writer's thread, processor time | lost by launch-bound steps "
+        "while written |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for model in args.models:
@@ -165,7 +165,8 @@ class Measurement(pl.Callback):
         peaks = {name: peak_memory_added(works[name]) for name in ("ours", "step")}
         drained()
         marks.clear()
-        alone = small.seconds_a_step(lambda: False, 400)
+        count, elapsed = small.train(lambda: False, 400)
+        alone = elapsed / count
         times: dict[str, list[float]] = {name: [] for name in works}
         for round_ in range(self.repeats + 1):
             for name, work in works.items():
@@ -177,7 +178,7 @@ class Measurement(pl.Callback):
         is_written = threading.Event()
         ours()
         output.writer.submit(is_written.set)
-        beside = small.seconds_a_step(is_written.is_set)
+        count, elapsed = small.train(is_written.is_set)
         drained()
         self.row = " | ".join(
             [
@@ -195,7 +196,7 @@ class Measurement(pl.Callback):
                 f"{peaks['ours']:.0f} MiB",
                 f"{peaks['step']:.0f} MiB",
                 f"{1000 * writer:.0f} ms",
-                f"{beside / alone:.2f} |",
+                f"{1000 * (elapsed - count * alone):.0f} of {1000 * elapsed:.0f} ms |",
             ]
         )
 
@@ -207,15 +208,15 @@ class LaunchBound:
         self.module = nn.Sequential(*(layer for _ in range(32) for layer in (nn.Linear(8, 8), nn.ReLU())))
         self.optimizer = torch.optim.SGD(self.module.parameters(), 1e-3)
 
-    def seconds_a_step(self, is_done: Callable[[], bool], most: int = 100_000) -> float:
-        """The mean time of steps, until something is done."""
+    def train(self, is_done: Callable[[], bool], most: int = 100_000) -> tuple[int, float]:
+        """Train until something is done; return the number of steps and the seconds that they took."""
         images, count, begin = torch.rand(1, 8), 0, time.perf_counter()
         while count < most and not is_done():
             self.optimizer.zero_grad()
             self.module(images).sum().backward()
             self.optimizer.step()
             count += 1
-        return (time.perf_counter() - begin) / max(count, 1)
+        return count, time.perf_counter() - begin
 
 
 class ByHand:

@@ -8,12 +8,13 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 
 from lightning_interp.callbacks._lightning import Callback, LightningModule, Trainer, rank_zero_info
-from lightning_interp.callbacks.contract import Monitor, ScalarMonitor
+from lightning_interp.callbacks.contract import Monitor
 from lightning_interp.callbacks.run.card import run_card
 from lightning_interp.callbacks.run.failures import Failures
 from lightning_interp.callbacks.run.measure_pass import MeasurePass
+from lightning_interp.callbacks.run.outcome import Outcome
 from lightning_interp.callbacks.run.output import Output, open_sinks
-from lightning_interp.callbacks.run.probe_pass import Outcome, ProbePass
+from lightning_interp.callbacks.run.probe_pass import ProbePass
 from lightning_interp.callbacks.run.probes import ProbeStore
 from lightning_interp.callbacks.run.ranks import Ranks, unsupported_strategy
 from lightning_interp.callbacks.run.runner import ModelRunner
@@ -48,7 +49,7 @@ class Coordinator(Callback):
         self.output = Output(open_sinks(trainer, self.ranks), monitors, self.failures)
         self.runner = ModelRunner(trainer, self.ranks)
         self.probes = ProbeStore(trainer, monitors, self.ranks, self.failures)
-        self.scalars = ScalarLog(trainer, self.probes)
+        self.scalars = ScalarLog(trainer, self.probes, self.failures)
         self.steps = StepPass(trainer, monitors, self.runner, self.ranks, self.failures)
         passes = ProbePass(self.runner, self.ranks, self.failures)
         self.layer_names = passes.layer_names
@@ -240,8 +241,8 @@ class Coordinator(Callback):
             self.snapshots.write_results(self.measures.start(module), step=0)
         self.failures.training_started = True
         if self.ranks.is_rank_zero and (active := self.failures.active(self.monitors)):
-            card = run_card(active, self.layer_names)
-            self.output.submit([(None, lambda: [card])], logged_step(self.trainer))
+            layer_names = dict(self.layer_names)
+            self.output.submit([(None, lambda: [run_card(active, layer_names)])], logged_step(self.trainer))
 
     def _prepare_evaluation(self, module: LightningModule) -> None:
         self._check(module)
@@ -256,11 +257,9 @@ class Coordinator(Callback):
 
     def _finish_pass(self, outcome: Outcome, step: int, suffix: str = "") -> None:
         self.snapshots.write_results(outcome, step, suffix)
-        for monitor, result in outcome.values.items():
-            reason = monitor.should_stop(result) if isinstance(monitor, ScalarMonitor) else None
-            if reason is not None:
-                rank_zero_info(f"{monitor!r} ends the training: {reason}")
-                self.trainer.should_stop = True
+        for monitor, reason in outcome.stop_reasons.items():
+            rank_zero_info(f"{monitor!r} ends the training: {reason}")
+            self.trainer.should_stop = True
 
     def _close(self) -> None:
         self.trainer.callbacks = [each for each in self.trainer.callbacks if each is not self]  # type: ignore[attr-defined]

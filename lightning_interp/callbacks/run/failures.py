@@ -12,7 +12,7 @@ from lightning_interp.callbacks.contract import Monitor
 from lightning_interp.callbacks.run.ranks import Ranks
 from lightning_interp.errors import ConfigurationError
 
-__all__ = ["Failures", "collecting", "format_exception"]
+__all__ = ["Failures", "format_exception"]
 
 AnyMonitor = TypeVar("AnyMonitor", bound=Monitor)
 
@@ -121,16 +121,6 @@ class Failures:
                 f"here.\n{format_exception(error)}",
                 stacklevel=2,
             )
-
-
-@contextmanager
-def collecting(errors: dict[Monitor, Exception], monitors: Iterable[Monitor]) -> Iterator[None]:
-    """Collect an exception of the block for these monitors, and go on."""
-    try:
-        yield
-    except Exception as error:
-        for monitor in monitors:
-            errors.setdefault(monitor, error)
 
 
 def format_exception(error: BaseException) -> str:

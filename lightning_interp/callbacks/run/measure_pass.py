@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import Tensor
 from lightning_interp.callbacks._lightning import LightningModule, Trainer, apply_to_collection
 from lightning_interp.callbacks.contract import MeasureMonitor, Monitor
 from lightning_interp.callbacks.inputs import MeasureData
-from lightning_interp.callbacks.run.failures import Failures, collecting
-from lightning_interp.callbacks.run.probe_pass import Outcome
+from lightning_interp.callbacks.run.failures import Failures
+from lightning_interp.callbacks.run.outcome import Outcome
 from lightning_interp.callbacks.run.probes import ProbeStore
 from lightning_interp.callbacks.run.ranks import Ranks
 from lightning_interp.callbacks.run.runner import ModelRunner
@@ -57,9 +58,8 @@ class MeasurePass:
     def start(self, module: LightningModule) -> Outcome:
         """Measure the untrained model; its numbers are logged again at the first validation."""
         outcome = self._measure(module, [monitor for monitor in self._monitors if monitor.schedule.at_start])
-        for monitor, result in outcome.values.items():
-            if isinstance(monitor, MeasureMonitor):
-                monitor.last_scalars = dict(monitor.scalars(result))
+        for monitor in self._monitors:
+            monitor.last_scalars = dict(outcome.scalars.get(monitor, monitor.last_scalars))
         return outcome
 
     def end(self, module: LightningModule, suffix: str = "") -> Outcome:
@@ -67,8 +67,7 @@ class MeasurePass:
         due = [monitor for monitor in self._monitors if self._scalars.is_due(monitor)]
         outcome = self._measure(module, due)
         for monitor in self._monitors:
-            result = outcome.values.get(monitor)
-            self._scalars.log(module, monitor, {} if result is None else dict(monitor.scalars(result)), suffix)
+            self._scalars.log(module, monitor, outcome.scalars.get(monitor, {}), suffix)
         return outcome
 
     def _measure(self, module: LightningModule, due: Sequence[MeasureMonitor]) -> Outcome:
@@ -84,7 +83,7 @@ class MeasurePass:
         for monitor in due:
             self._scalars.mark_due(monitor)
             if monitor not in outcome.errors:
-                with collecting(outcome.errors, [monitor]), preserve_state(module, parameters=True):
+                with outcome.collecting([monitor]), preserve_state(module, parameters=True):
                     partials[monitor] = self._partial(module, monitor)
             if collective:
                 self._failures.gather(outcome.errors)
@@ -96,12 +95,10 @@ class MeasurePass:
                 # Every rank of a sharded module measured all items.
                 parts = [partials[monitor]] if collective else self._ranks.all_gather(partials[monitor])
                 parts = [part for part in parts if part is not None]
-                with collecting(outcome.errors, [monitor]):
-                    if parts:
-                        outcome.values[monitor] = monitor.merge(parts)
+                if parts and (result := outcome.call(monitor, functools.partial(monitor.merge, parts))) is not None:
+                    outcome.conclude(monitor, result)
         self._failures.sync(outcome.errors)
-        outcome.values = {each: value for each, value in outcome.values.items() if each not in outcome.errors}
-        return outcome
+        return outcome.without_failures()
 
     def _partial(self, module: LightningModule, monitor: MeasureMonitor) -> Any:
         """This rank's result, on the CPU; None where no item is its share."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +11,8 @@ from torch import Tensor
 from lightning_interp.callbacks._lightning import LightningModule
 from lightning_interp.callbacks.contract import Monitor, ProbeMonitor
 from lightning_interp.callbacks.inputs import Needs
-from lightning_interp.callbacks.run.failures import Failures, collecting
+from lightning_interp.callbacks.run.failures import Failures
+from lightning_interp.callbacks.run.outcome import Outcome
 from lightning_interp.callbacks.run.ranks import Ranks
 from lightning_interp.callbacks.run.runner import ModelRunner, is_out_of_memory, release_memory
 from lightning_interp.callbacks.run.transfer import HostCopy
@@ -25,20 +24,7 @@ from lightning_interp.model.preserve import preserve_state
 from lightning_interp.model.sharding import reset_fsdp_state
 from lightning_interp.model.trace import LayerSpec, Trace
 
-__all__ = ["Outcome", "ProbePass"]
-
-
-@dataclass(eq=False)
-class Outcome:
-    """What the monitors of a snapshot returned on this rank, and how they failed.
-
-    Args:
-        values: For each monitor what it returned; tensors are on their way to the CPU.
-        errors: For each monitor that failed its exception.
-    """
-
-    values: dict[Monitor, Any] = field(default_factory=dict)
-    errors: dict[Monitor, Exception] = field(default_factory=dict)
+__all__ = ["ProbePass"]
 
 
 class ProbePass:
@@ -85,7 +71,7 @@ class ProbePass:
                 chunk = part.subset(slice(start, start + self._runner.rows))
                 result = Outcome()
                 active = [monitor for monitor in monitors if monitor not in outcome.errors]
-                with collecting(result.errors, active):
+                with result.collecting(active):
                     self._run_chunk(module, chunk, first + start, active, result)
                 if collective:
                     self._failures.gather(result.errors)
@@ -159,7 +145,7 @@ class ProbePass:
         labels = None if chunk.targets is None else chunk.targets.to(images.device)
         needs: dict[ProbeMonitor, tuple[Needs, dict[LayerSpec, HookPoint]]] = {}
         for monitor in monitors:
-            with collecting(result.errors, [monitor]):
+            with result.collecting([monitor]):
                 wanted = monitor.needs(module)
                 points = self._runner.points(module, wanted.layers, images, monitor.predict)
                 needs[monitor] = wanted, points
@@ -171,7 +157,7 @@ class ProbePass:
             with self._forward_pass(module, images, first, list(needs.values()), next(iter(needs))) as forward_pass:
                 has_run = True
                 for monitor, (_, points) in needs.items():
-                    with collecting(result.errors, [monitor]):
+                    with result.collecting([monitor]):
                         outputs = monitor.outputs(Trace(forward_pass, layers=points), labels)
                         result.values.setdefault(monitor, []).append(_to_host(monitor, outputs, first, len(images)))
         except Exception as error:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks.contract import ScalarMonitor
+from lightning_interp.callbacks.run.failures import Failures
 from lightning_interp.callbacks.run.output import with_suffix
 from lightning_interp.callbacks.run.probes import ProbeStore
 from lightning_interp.callbacks.run.trainer import forget_logged
@@ -22,11 +22,13 @@ class ScalarLog:
     Args:
         trainer: The run's Trainer.
         probes: The probes, on which the names of numbers may depend.
+        failures: Where a monitor that cannot name its numbers is noted.
     """
 
-    def __init__(self, trainer: Trainer, probes: ProbeStore) -> None:
+    def __init__(self, trainer: Trainer, probes: ProbeStore, failures: Failures) -> None:
         self._trainer = trainer
         self._probes = probes
+        self._failures = failures
         self._first_step = 0
         self._steps: dict[ScalarMonitor, int] = {}  # at which they were last due
         self._logged: list[str] = []
@@ -64,14 +66,18 @@ class ScalarLog:
             monitor.last_scalars = dict(new)
         if self._trainer.barebones:
             return
-        names: Any = last if last or new else monitor.scalar_names(self._probes.get(monitor))
-        values = dict.fromkeys(names, torch.nan) | dict(new or last)
+        values = dict.fromkeys(last, torch.nan)
+        if not last and not new:
+            with self._failures.noting(monitor):
+                values = dict.fromkeys(monitor.scalar_names(self._probes.get(monitor)), torch.nan)
+        values |= new or last
         for name, value in values.items():
             tag = with_suffix(monitor.tag(name), suffix)
             number = torch.tensor(value, dtype=torch.float32)
             # Every rank has the same number, of which the maximum is exact where a mean need not be.
             module.log(tag, number, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max", batch_size=1)
-            self._logged.append(tag)
+            if self._trainer.validating:
+                self._logged.append(tag)
 
     def forget(self) -> None:
         """Drop what was logged, after Lightning has passed it on."""

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lightning_interp.callbacks._lightning import LightningModule
 from lightning_interp.callbacks.contract import Monitor, ProbeMonitor, ScalarMonitor, WeightMonitor
-from lightning_interp.callbacks.run.failures import Failures, collecting
+from lightning_interp.callbacks.run.failures import Failures
+from lightning_interp.callbacks.run.outcome import Outcome
 from lightning_interp.callbacks.run.output import Output
-from lightning_interp.callbacks.run.probe_pass import Outcome, ProbePass
+from lightning_interp.callbacks.run.probe_pass import ProbePass
 from lightning_interp.callbacks.run.probes import ProbeStore
 from lightning_interp.callbacks.run.ranks import Ranks
 from lightning_interp.callbacks.run.runner import ModelRunner
@@ -109,7 +110,7 @@ class Snapshots:
     def _capture(self, module: LightningModule, due: Sequence[Monitor], step: int, outcome: Outcome) -> None:
         for monitor in due:
             if isinstance(monitor, WeightMonitor) and monitor not in outcome.errors:
-                with collecting(outcome.errors, [monitor]), preserve_state(module), torch.no_grad():
+                with outcome.collecting([monitor]), preserve_state(module), torch.no_grad():
                     outcome.values[monitor] = monitor.capture(module, step)
 
     def _run_probes(self, module: LightningModule, due: Sequence[Monitor], outcome: Outcome, dry_run: bool) -> None:
@@ -121,7 +122,7 @@ class Snapshots:
         for monitors in groups.values():
             probe = self._probes.get(monitors[0])
             assert probe is not None, "a snapshot without a probe"
-            with collecting(outcome.errors, monitors):
+            with outcome.collecting(monitors):
                 self._probe_pass.run(module, probe, monitors, outcome, dry_run=dry_run)
 
     def _records_of(self, monitor: Monitor, parts: list[Any], step: int) -> Callable[[], Iterable[Record]]:

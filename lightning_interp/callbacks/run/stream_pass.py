@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_interp.callbacks._lightning import LightningModule, Trainer
 from lightning_interp.callbacks.contract import Monitor, ProbeMonitor, StreamMonitor
 from lightning_interp.callbacks.run.failures import Failures
-from lightning_interp.callbacks.run.probe_pass import Outcome, ProbePass
+from lightning_interp.callbacks.run.outcome import Outcome
+from lightning_interp.callbacks.run.probe_pass import ProbePass
 from lightning_interp.callbacks.run.probes import ProbeStore
 from lightning_interp.callbacks.run.ranks import Ranks
 from lightning_interp.callbacks.run.runner import ModelRunner
@@ -102,8 +103,7 @@ class StreamPass:
         active = self._failures.active(streams)
         outcome = self._computed(module, {monitor: streams[monitor] for monitor in active}) if active else Outcome()
         for monitor in self._monitors:
-            result = outcome.values.get(monitor)
-            self._scalars.log(module, monitor, {} if result is None else dict(monitor.scalars(result)), suffix)
+            self._scalars.log(module, monitor, outcome.scalars.get(monitor, {}), suffix)
         return outcome
 
     def stop(self) -> None:
@@ -131,7 +131,7 @@ class StreamPass:
         missing = [each for each in streams if each not in outcome.errors and outcome.values[each] is None]
         for monitor in [each for each in missing if each.uses_annotations]:
             # No batch said where its objects are, so the probe's images are streamed.
-            self._collect(outcome, monitor, functools.partial(self._stream_probe, module, monitor, streams[monitor]))
+            outcome.call(monitor, functools.partial(self._stream_probe, module, monitor, streams[monitor]))
         self._failures.gather(outcome.errors)
         self._compute({each: streams[each] for each in missing if each not in outcome.errors}, outcome)
         for monitor in streams:
@@ -143,22 +143,14 @@ class StreamPass:
                 if monitor not in outcome.errors and result is not None:
                     read_images = functools.partial(self._read_images, module, monitor)
                     finish = functools.partial(monitor.finish, module, result, read_images)
-                    outcome.values[monitor] = self._collect(outcome, monitor, finish)
+                    outcome.conclude(monitor, outcome.call(monitor, finish))
         self._failures.sync(outcome.errors)
-        values = {each: result for each, result in outcome.values.items() if each not in outcome.errors}
-        return Outcome({each: result for each, result in values.items() if result is not None}, outcome.errors)
+        return outcome.without_failures()
 
     def _compute(self, streams: Mapping[StreamMonitor, Stream], outcome: Outcome) -> None:
         for monitor, stream in streams.items():
             if monitor not in outcome.errors:
-                outcome.values[monitor] = self._collect(outcome, monitor, stream.compute)
-
-    def _collect(self, outcome: Outcome, monitor: Monitor, action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except Exception as error:
-            outcome.errors[monitor] = error
-            return None
+                outcome.values[monitor] = outcome.call(monitor, stream.compute)
 
     def _stream_probe(self, module: LightningModule, monitor: StreamMonitor, stream: Stream) -> None:
         """Stream this rank's share of the probe."""
