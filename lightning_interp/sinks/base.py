@@ -20,8 +20,9 @@ class Sink(ABC):
     serves every logger that it recognises.
 
     The caller of :meth:`write` filters: a record is passed only to sinks whose :meth:`can_write` is true, and a record
-    that no sink of a run can write goes to the :class:`FileSink` in the run's folder. All methods are called from one
-    thread, which is not the training thread. No accepted record is lost after :meth:`flush` returned.
+    that no sink of a run can write goes to the :class:`FileSink` in the run's folder. :meth:`write`, :meth:`flush` and
+    :meth:`close` are called from one thread, beside the training thread. No accepted record is lost after :meth:`flush`
+    returned.
 
     Attributes:
         accepts: The record classes that this sink can store.
