@@ -246,14 +246,17 @@ class WandbStore(Store):
     def open(self) -> None:
         import wandb
 
-        self.run = wandb.init(mode="offline", dir=str(self.folder), project="contract", settings=quiet_settings())
+        settings = wandb.Settings(silent=True, console="off")
+        self.run: Any = wandb.init(mode="offline", dir=str(self.folder), project="contract", settings=settings)
         self.sink = WandbSink(self.run)
 
     def close(self) -> None:
         import wandb
 
-        self.run.finish()
-        wandb.teardown()  # waits for the process that writes the run's file
+        if self.run is not None:
+            self.run.finish()
+            wandb.teardown()  # waits for the process that writes the run's file
+            self.run = None
 
     def read(self, kind: type) -> Stored:
         self.close()
@@ -283,12 +286,6 @@ class WandbStore(Store):
             return html.unescape(re.search(r"<pre[^>]*>(.*)</pre>", content.decode(), re.DOTALL)[1])  # type: ignore[index]
         table = json.loads(content)
         return [table["columns"], *([_text(cell) for cell in row] for row in table["data"])]
-
-
-def quiet_settings() -> Any:
-    import wandb
-
-    return wandb.Settings(silent=True, console="off", x_disable_stats=True, x_disable_meta=True)
 
 
 def wandb_history(folder: Path) -> Iterator[dict[str, Any]]:
