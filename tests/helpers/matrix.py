@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -289,10 +288,6 @@ SETTINGS: dict[str, Setting] = {
     "compiled part": Setting(CompiledPart, compiles=True),
     "compiled part, steps": Setting(CompiledPart, options=every_third, compiles=True),
     "compiled module": Setting(compiled, compiles=True),
-    "weight averaging": Setting(callbacks=lambda: [WeightAveraging()]),
-    "moving average, steps": Setting(
-        callbacks=lambda: [EMAWeightAveraging(decay=0.5, update_every_n_steps=2)], options=every_third
-    ),
     "workers": Setting(loaders=functools.partial(loaders, num_workers=1, persistent_workers=True)),
     "validation inside the epoch": Setting(trainer={"val_check_interval": 2}),
     "validation inside the epoch, steps amid accumulation": Setting(
@@ -307,6 +302,13 @@ SETTINGS: dict[str, Setting] = {
         trainer={"accumulate_grad_batches": 2}, beside=flawed, options=every_step
     ),
 }
+if hasattr(pl.callbacks, "EMAWeightAveraging"):  # Lightning 2.6
+    SETTINGS |= {
+        "weight averaging": Setting(callbacks=lambda: [pl.callbacks.WeightAveraging()]),
+        "moving average, steps": Setting(
+            callbacks=lambda: [pl.callbacks.EMAWeightAveraging(decay=0.5, update_every_n_steps=2)], options=every_third
+        ),
+    }
 DDP = {"devices": 2, "strategy": "ddp"}
 TWO_PROCESSES: dict[str, Setting] = {
     "ddp": Setting(trainer=DDP),
