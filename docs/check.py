@@ -34,7 +34,9 @@ def main() -> None:
     commands = {command for command in commands if not any(word in command for word in args.skip)}
     problems = [*stale(files, sorted(commands)), *broken_links(files), *invalid_code(files)]
     ran = "".join(f"\n  {command}" for command in sorted(commands)) or " none"
-    print("\n".join(problems) or f"{len(files)} files: links and code are as they should be; generators that agree:{ran}")
+    print(
+        "\n".join(problems) or f"{len(files)} files: links and code are as they should be; generators that agree:{ran}"
+    )
     sys.exit(bool(problems))
 
 

@@ -104,13 +104,16 @@ class Monitor(Callback):
     @property
     def state_key(self) -> str:
         """The key of the monitor's state in a checkpoint; it differs between monitors of one class."""
+        check_definition(self)
         return self._generate_state_key(name=self.name, schedule=repr(self.schedule))
 
     def __repr__(self) -> str:
-        return type(self).__name__ + (f"({self.name!r})" if self.name else "")
+        name = getattr(self, "name", None)
+        return type(self).__name__ + (f"({name!r})" if name else "")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Register the monitors of the Trainer; the first one's call is for all of them."""
+        check_definition(self)
         Monitor.attach(trainer, stage)
 
     def tag(self, what: str) -> str:
@@ -332,6 +335,18 @@ class MeasureMonitor(ScalarMonitor):
     @abstractmethod
     def merge(self, partials: Sequence[Any]) -> Any:
         """Return the result of all items, of the ranks' results in order, on the CPU; called on every rank."""
+
+
+def check_definition(monitor: Monitor) -> None:
+    """Raise a :class:`ConfigurationError` where a monitor's class lacks what every monitor of its kind has."""
+    kind = type(monitor)
+    if not hasattr(monitor, "schedule"):
+        raise ConfigurationError(f"{kind.__name__}.__init__ does not call super().__init__(**options)")
+    if not isinstance(getattr(monitor, "kind", None), str):
+        raise ConfigurationError(f"{kind.__name__} lacks kind; give the class kind = '...', the first part of its tags")
+    missing = [name for name in dir(kind) if getattr(getattr(kind, name, None), "__isabstractmethod__", False)]
+    if missing:
+        raise ConfigurationError(f"{kind.__name__} lacks {', '.join(missing)}; see the docstrings of its base class")
 
 
 def check_probe_option(probe: Any) -> Any:

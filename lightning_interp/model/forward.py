@@ -147,13 +147,14 @@ class ForwardPass:
         Raises:
             ConfigurationError: If the pass was not opened for this gradient, or the scores do not depend on the point.
         """
+        name = "the images" if point is None else f"the layer {point.name!r}"
+        if not (self._wants_inputs if point is None else self._points.get(point, False)):
+            raise ConfigurationError(
+                f"this Trace was not opened for the gradient with respect to {name}; a monitor asks for it in needs()"
+            )
         if key not in self._gradients:
             self._gradients[key] = self._backward(scores())
-        gradients = self._gradients[key]
-        name = "the images" if point is None else f"the layer {point.name!r}"
-        if point not in gradients:
-            raise ConfigurationError(f"this Trace was not opened for the gradient with respect to {name}")
-        gradient = gradients[point]
+        gradient = self._gradients[key][point]
         if gradient is None:
             raise ConfigurationError(f"the explained score does not depend on {name}; choose another layer")
         return gradient

@@ -174,13 +174,15 @@ class Trace:
             raise ConfigurationError(f"this Trace was not made for the layer {spec!r}; name it in needs()")
         return self._layers[spec]
 
-    def activations(self, layer: HookPoint) -> Tensor:
+    def activations(self, layer: HookPoint | LayerSpec) -> Tensor:
         """Return the layer's output, detached, in its dtype: (N, C, h, w) where it is spatial, also for tokens."""
-        return self._as_grid(layer, self.raw_activations(layer))
+        point = self._point(layer)
+        return self._as_grid(point, self.raw_activations(point))
 
-    def gradients(self, layer: HookPoint) -> Tensor:
+    def gradients(self, layer: HookPoint | LayerSpec) -> Tensor:
         """Return the gradient of each image's score with respect to :meth:`activations`, in their layout."""
-        return self._as_grid(layer, self._gradient(layer))
+        point = self._point(layer)
+        return self._as_grid(point, self._gradient(point))
 
     def input_gradients(self) -> Tensor:
         """Return the gradient of each image's score with respect to the image, (N, C, H, W)."""
@@ -231,6 +233,9 @@ class Trace:
                     raise
         parts = torch.split(tensors, _MAX_COPIES)
         return torch.cat([scores(image.expand(len(part), -1, -1, -1), part) for part in parts])
+
+    def _point(self, layer: HookPoint | LayerSpec) -> HookPoint:
+        return layer if isinstance(layer, HookPoint) else self.layer(layer)
 
     def _as_grid(self, layer: HookPoint, tensor: Tensor) -> Tensor:
         if layer.reshape is not None:

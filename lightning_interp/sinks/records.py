@@ -59,6 +59,9 @@ class Scalar:
     tag: str
     value: float
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", float(self.value))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Histogram:

@@ -83,6 +83,11 @@ def sinks_for(loggers: Iterable[object]) -> list[Sink]:
     for logger in loggers:
         candidates = (sink_class.for_logger(logger) for sink_class in _classes)
         sink = next((candidate for candidate in candidates if candidate is not None), None)
-        if sink is not None:
-            sinks.append(sink)
+        if sink is None:
+            continue
+        if not isinstance(sink, Sink):
+            raise ConfigurationError(
+                f"for_logger of a registered sink must return a Sink or None, got {sink!r} for {type(logger).__name__}"
+            )
+        sinks.append(sink)
     return sinks

@@ -22,9 +22,9 @@ def run_card(monitors: Sequence[Monitor], layers: Mapping[Monitor, Sequence[str]
     """
     paragraphs = []
     for monitor in monitors:
+        if not (text := monitor.describe()):
+            continue
         title = monitor.tag("").rstrip("/")
         chosen = ", ".join(f"`{name}`" for name in layers.get(monitor, ()))
-        paragraphs.append(
-            f"**{title}** ({type(monitor).__name__}). {monitor.describe()}" + (f" Layer: {chosen}." if chosen else "")
-        )
+        paragraphs.append(f"**{title}** ({type(monitor).__name__}). {text}" + (f" Layer: {chosen}." if chosen else ""))
     return Text("about/monitors", "\n\n".join(paragraphs))

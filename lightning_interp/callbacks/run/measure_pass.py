@@ -17,7 +17,7 @@ from lightning_interp.callbacks.run.probes import ProbeStore
 from lightning_interp.callbacks.run.ranks import Ranks
 from lightning_interp.callbacks.run.runner import ModelRunner
 from lightning_interp.callbacks.run.scalar_log import ScalarLog
-from lightning_interp.errors import ConfigurationError
+from lightning_interp.errors import ConfigurationError, describe
 from lightning_interp.model.preserve import preserve_state
 from lightning_interp.model.sharding import reset_fsdp_state
 
@@ -95,9 +95,10 @@ class MeasurePass:
                 # Every rank of a sharded module measured all items.
                 parts = [partials[monitor]] if collective else self._ranks.all_gather(partials[monitor])
                 parts = [part for part in parts if part is not None]
-                if parts and (result := outcome.call(monitor, functools.partial(monitor.merge, parts))) is not None:
-                    outcome.conclude(monitor, result)
+                if parts:
+                    outcome.conclude(monitor, outcome.call(monitor, functools.partial(monitor.merge, parts)))
         self._failures.sync(outcome.errors)
+        outcome.share_stop_reasons(due, self._ranks)
         return outcome.without_failures()
 
     def _partial(self, module: LightningModule, monitor: MeasureMonitor) -> Any:
@@ -110,6 +111,12 @@ class MeasurePass:
             )
         data = MeasureData(probe, self._runner.device, self._runner.predict(monitor.predict))
         items = monitor.items(module, data)
+        if not isinstance(items, Sequence):
+            raise TypeError(f"{monitor!r}: items() must return a sequence, got {describe(items)}")
         share = items if self._runner.is_collective else items[self._ranks.share(len(items))]
-        partial = monitor.measure(module, data, share) if len(share) else None
+        if not share:
+            return None
+        partial = monitor.measure(module, data, share)
+        if partial is None:
+            raise TypeError(f"{monitor!r}: measure() returned None; return the result of the share")
         return apply_to_collection(partial, Tensor, lambda tensor: tensor.detach().cpu())

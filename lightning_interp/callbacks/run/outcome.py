@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_interp.callbacks.contract import Monitor, ScalarMonitor
+from lightning_interp.callbacks.run.ranks import Ranks
+from lightning_interp.errors import describe
 
 __all__ = ["Outcome"]
 
@@ -46,11 +48,23 @@ class Outcome:
     def conclude(self, monitor: ScalarMonitor, result: Any) -> None:
         """Keep a result, with its numbers and whether training should end."""
         with self.collecting([monitor]):
-            numbers = {str(name): float(value) for name, value in monitor.scalars(result).items()}
+            if result is None:
+                raise TypeError(f"{monitor!r} gave None as a result; finish(), measure() and merge() must return one")
+            scalars = monitor.scalars(result)
+            if not isinstance(scalars, Mapping):
+                raise TypeError(f"{monitor!r}: scalars() takes numbers by name, got {describe(scalars)}")
+            numbers = {str(name): float(value) for name, value in scalars.items()}
             reason = monitor.should_stop(result)
             self.values[monitor], self.scalars[monitor] = result, numbers
             if reason is not None:
                 self.stop_reasons[monitor] = reason
+
+    def share_stop_reasons(self, monitors: Sequence[Monitor], ranks: Ranks) -> None:
+        """Let every rank know why any rank's monitor asks for the end; every rank must call this."""
+        reasons = {index: self.stop_reasons[each] for index, each in enumerate(monitors) if each in self.stop_reasons}
+        for others in ranks.all_gather(reasons):
+            for index, reason in others.items():
+                self.stop_reasons.setdefault(monitors[index], reason)
 
     def without_failures(self) -> Outcome:
         """The results of the monitors that did not fail, and have one."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import get_args
 
 from lightning_interp.callbacks._lightning import Trainer, rank_zero_info
 from lightning_interp.callbacks.contract import Monitor
 from lightning_interp.callbacks.run.failures import Failures, format_exception
 from lightning_interp.callbacks.run.ranks import Ranks
 from lightning_interp.callbacks.run.trainer import run_folder
+from lightning_interp.errors import describe
 from lightning_interp.sinks import FileSink, Sink
 from lightning_interp.sinks.background import BackgroundWriter
 from lightning_interp.sinks.records import Picture, Record, ScalarLayout
@@ -76,21 +78,23 @@ class Output:
     def _write(self, drawings: Sequence[Drawing], step: int, suffix: str) -> None:
         for monitor, make_records in drawings:
             try:
-                for record in make_records():
+                for record in _checked(make_records(), monitor):
                     write = functools.partial(self._write_record, record=_retag(record, suffix), step=step)
                     self._reach(monitor, write)
-                self._reach(monitor, lambda sink: sink.flush())
+                self._reach(monitor, _flush)
             except Exception as error:
                 if monitor is None:
                     warnings.warn(f"lightning_interp could not write: {format_exception(error)}", stacklevel=2)
                 else:
                     self._failures.note(monitor, error)
 
-    def _write_record(self, sink: Sink, record: Record, step: int) -> None:
-        if isinstance(record, self._kinds[sink]):
+    def _write_record(self, sink: Sink, record: Record, step: int) -> bool:
+        is_accepted = isinstance(record, self._kinds[sink])
+        if is_accepted:
             sink.write(record, step)
+        return is_accepted
 
-    def _reach(self, monitor: Monitor | None, action: Callable[[Sink], None]) -> None:
+    def _reach(self, monitor: Monitor | None, action: Callable[[Sink], bool]) -> None:
         """Act on every sink. One that keeps nothing is dropped; an error of a record is its monitor's."""
         lost, error = write_to_sinks(self.sinks, action)
         self._lost += lost
@@ -119,33 +123,36 @@ def open_sinks(trainer: Trainer, ranks: Ranks) -> dict[Sink, frozenset[type]]:
 
 
 def write_to_sinks(
-    sinks: list[Sink], action: Callable[[Sink], None]
+    sinks: list[Sink], action: Callable[[Sink], bool]
 ) -> tuple[list[tuple[Sink, Exception]], Exception | None]:
     """Act on every sink; one that fails by itself is removed, an error of the record is returned.
 
     Args:
         sinks: The sinks; changed in place.
-        action: What is done with each.
+        action: What is done with each; whether it took a record.
 
     Returns:
         The sinks that were removed, each with its error, and the error of the record, if there was one.
 
     Example:
         >>> from lightning_interp.sinks import MemorySink
-        >>> write_to_sinks([MemorySink()], lambda sink: sink.flush())
+        >>> write_to_sinks([MemorySink()], lambda sink: True)
         ([], None)
     """
-    lost, of_record = [], None
+    lost: list[tuple[Sink, Exception]] = []
+    refused: list[tuple[Sink, Exception]] = []
+    is_taken = False
     for sink in list(sinks):
         try:
-            action(sink)
+            is_taken |= action(sink)
         except Exception as error:
-            if _is_sinks_own(error):
-                sinks.remove(sink)
-                lost.append((sink, error))
-            else:
-                of_record = error
-    return lost, of_record
+            (lost if _is_sinks_own(error) else refused).append((sink, error))
+    if is_taken:
+        # The record is all right, so the fault is that of the sinks that refused it.
+        lost, refused = lost + refused, []
+    for sink, _ in lost:
+        sinks.remove(sink)
+    return lost, refused[0][1] if refused else None
 
 
 def with_suffix(tag: str, suffix: str) -> str:
@@ -155,8 +162,32 @@ def with_suffix(tag: str, suffix: str) -> str:
         >>> with_suffix("cam/gradcam", "-test")
         'cam-test/gradcam'
     """
-    kind, _, what = tag.partition("/")
-    return f"{kind}{suffix}/{what}"
+    kind, slash, what = tag.partition("/")
+    return f"{kind}{suffix}{slash}{what}"
+
+
+class _FlushError(Exception):
+    """A flush that failed, which is no record's fault."""
+
+
+def _flush(sink: Sink) -> bool:
+    try:
+        sink.flush()
+    except Exception as error:
+        raise _FlushError(str(error)) from error
+    return False
+
+
+def _checked(records: Iterable[Record], monitor: Monitor | None) -> Iterator[Record]:
+    if not isinstance(records, Iterable):
+        raise TypeError(f"{monitor!r}: records() and draw() must return or yield records, got {describe(records)}")
+    for record in records:
+        if not isinstance(record, get_args(Record)):
+            raise TypeError(
+                f"{monitor!r}: records() and draw() yield Picture, Scalar, Histogram, Text or Table, got "
+                f"{describe(record)}"
+            )
+        yield record
 
 
 def _retag(record: Record, suffix: str) -> Record:
@@ -167,4 +198,4 @@ def _retag(record: Record, suffix: str) -> Record:
 
 def _is_sinks_own(error: Exception) -> bool:
     """Whether a sink failed by itself, rather than by the record that it was given."""
-    return isinstance(error, OSError) or (isinstance(error, ValueError) and "closed file" in str(error))
+    return isinstance(error, (OSError, _FlushError)) or (isinstance(error, ValueError) and "closed file" in str(error))

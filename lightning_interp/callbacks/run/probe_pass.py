@@ -17,7 +17,7 @@ from lightning_interp.callbacks.run.ranks import Ranks
 from lightning_interp.callbacks.run.runner import ModelRunner, is_out_of_memory, release_memory
 from lightning_interp.callbacks.run.transfer import HostCopy
 from lightning_interp.data.probe import Probe
-from lightning_interp.errors import ConfigurationError
+from lightning_interp.errors import ConfigurationError, describe
 from lightning_interp.model.forward import ForwardPass
 from lightning_interp.model.hooks import HookPoint
 from lightning_interp.model.preserve import preserve_state
@@ -106,7 +106,7 @@ class ProbePass:
                 self._ranks.broadcast_tensors(module.buffers(), self._runner.device)
             for start in range(0, len(images), self._runner.rows):
                 rows = slice(start, start + self._runner.rows)
-                needs = monitor.needs(module)
+                needs = _needs(monitor, module)
                 points = self._runner.points(module, needs.layers, images[rows], monitor.predict)
                 forward_pass = self._forward_pass(module, images[rows], start, [(needs, points)], monitor)
                 with forward_pass:
@@ -146,7 +146,7 @@ class ProbePass:
         needs: dict[ProbeMonitor, tuple[Needs, dict[LayerSpec, HookPoint]]] = {}
         for monitor in monitors:
             with result.collecting([monitor]):
-                wanted = monitor.needs(module)
+                wanted = _needs(monitor, module)
                 points = self._runner.points(module, wanted.layers, images, monitor.predict)
                 needs[monitor] = wanted, points
                 self.layer_names[monitor] = tuple(point.name for point in points.values())
@@ -191,6 +191,17 @@ class ProbePass:
         )
 
 
+def _needs(monitor: ProbeMonitor, module: LightningModule) -> Needs:
+    """What a monitor needs, checked."""
+    needs = monitor.needs(module)
+    if not isinstance(needs, Needs) or not isinstance(needs.layers, Mapping):
+        raise ConfigurationError(
+            f"{monitor!r}: needs() must return Needs(layers={{layer: whether its gradient is needed}}), got "
+            f"{describe(needs)}"
+        )
+    return needs
+
+
 def _guards_parameters(module: LightningModule, monitors: Sequence[ProbeMonitor]) -> bool:
     try:
         return any(monitor.needs(module).guard_parameters for monitor in monitors)
@@ -200,6 +211,10 @@ def _guards_parameters(module: LightningModule, monitors: Sequence[ProbeMonitor]
 
 def _to_host(monitor: ProbeMonitor, outputs: Mapping[str, Tensor], first: int, count: int) -> dict[str, HostCopy]:
     """Outputs on their way to the CPU, with rows that name images of the whole probe."""
+    if not isinstance(outputs, Mapping) or not all(isinstance(each, Tensor) and each.ndim for each in outputs.values()):
+        raise ConfigurationError(
+            f"{monitor!r}: outputs() must return named tensors with a row for each image, got {describe(outputs)}"
+        )
     named = dict(outputs)
     if "image" in named:
         count = len(named["image"])

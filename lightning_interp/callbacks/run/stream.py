@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 
 from lightning_interp.callbacks._lightning import LightningModule
 from lightning_interp.callbacks.contract import ProbeMonitor, StreamMonitor
@@ -19,7 +20,7 @@ from lightning_interp.callbacks.run.runner import ModelRunner
 from lightning_interp.callbacks.run.samples import SampleIndices
 from lightning_interp.data.annotations import Annotations, dataset_annotations, unpack_annotated
 from lightning_interp.data.batches import unpack_batch
-from lightning_interp.errors import ConfigurationError
+from lightning_interp.errors import ConfigurationError, describe
 from lightning_interp.model.forward import ForwardPass
 from lightning_interp.model.hooks import HookPoint, tap
 from lightning_interp.model.layout import to_grid
@@ -28,7 +29,7 @@ from lightning_interp.model.outputs import first_tensor, output_logits
 from lightning_interp.model.preserve import preserve_state
 from lightning_interp.model.trace import LayerSpec
 
-__all__ = ["Stream"]
+__all__ = ["Stream", "stream_layers"]
 
 
 class Stream:
@@ -57,6 +58,11 @@ class Stream:
         self._loader = loader
         with torch.inference_mode(False):  # trainer.validate runs in it, and none of its tensors can be added to
             self._state = monitor.begin(module, runner.device)
+        if not isinstance(self._state, (Metric, MetricCollection)):
+            raise TypeError(
+                f"{monitor!r}: begin() must return a torchmetrics Metric or MetricCollection, which is synchronised "
+                f"over the ranks, got {describe(self._state)}"
+            )
         self._taps = ExitStack()
         self._batch: StreamBatch | None = None
         self._activations: dict[LayerSpec, Tensor] = {}
@@ -75,7 +81,7 @@ class Stream:
             annotations = dataset_annotations(self._indices.dataset, items[0], images.shape)
         if self._monitor.uses_annotations and annotations is None:
             return
-        layers = self._monitor.layers(module)
+        layers = stream_layers(self._monitor, module)
         is_tapped = bool(layers) and not self._runner.is_collective and not _is_compiled(module)
         if not is_tapped:
             images = images.clone()  # the step may change them in place, before passes of our own
@@ -179,6 +185,18 @@ class Stream:
                 with ForwardPass(module, rows, layers={point: False}, predict=predict) as forward_pass:
                     parts.append(forward_pass.tensor(point).detach())
         return torch.cat(parts)
+
+
+def stream_layers(monitor: StreamMonitor, module: nn.Module) -> list[LayerSpec]:
+    """The layers that a monitor reads, checked."""
+    layers = monitor.layers(module)
+    if not isinstance(layers, (list, tuple)) or not all(
+        layer is None or isinstance(layer, (str, nn.Module)) for layer in layers
+    ):
+        raise ConfigurationError(
+            f"{monitor!r}: layers() must return a list of dotted names, modules or None, got {describe(layers)}"
+        )
+    return list(layers)
 
 
 def _logits_in(outputs: Any, count: int) -> Tensor | None:

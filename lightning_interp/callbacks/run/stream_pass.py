@@ -18,10 +18,11 @@ from lightning_interp.callbacks.run.probes import ProbeStore
 from lightning_interp.callbacks.run.ranks import Ranks
 from lightning_interp.callbacks.run.runner import ModelRunner
 from lightning_interp.callbacks.run.scalar_log import ScalarLog
-from lightning_interp.callbacks.run.stream import Stream
+from lightning_interp.callbacks.run.stream import Stream, stream_layers
 from lightning_interp.callbacks.run.trainer import is_indexable, streamed_loader
 from lightning_interp.data.annotations import Annotations
 from lightning_interp.errors import ConfigurationError
+from lightning_interp.model.locate import find_layer
 from lightning_interp.model.preserve import preserve_state
 from lightning_interp.model.sharding import reset_fsdp_state
 
@@ -64,8 +65,11 @@ class StreamPass:
         self._streams: dict[StreamMonitor, Stream] = {}
 
     def check(self, module: LightningModule) -> None:
-        """Refuse monitors of annotations where no images have any, as far as that is known before the pass."""
+        """Refuse layers that do not exist, and monitors of annotations where no images are known to have any."""
         for monitor in self._monitors:
+            for layer in stream_layers(monitor, module):
+                if layer is not None:
+                    find_layer(module, layer)
             is_checked = monitor.uses_annotations and not self._failures.has_failed(monitor)
             if is_checked and not self._is_annotated(monitor, module):
                 raise _no_annotations(monitor)
@@ -143,8 +147,10 @@ class StreamPass:
                 if monitor not in outcome.errors and result is not None:
                     read_images = functools.partial(self._read_images, module, monitor)
                     finish = functools.partial(monitor.finish, module, result, read_images)
-                    outcome.conclude(monitor, outcome.call(monitor, finish))
+                    result = outcome.call(monitor, finish)
+                    outcome.conclude(monitor, result)
         self._failures.sync(outcome.errors)
+        outcome.share_stop_reasons(list(streams), self._ranks)
         return outcome.without_failures()
 
     def _compute(self, streams: Mapping[StreamMonitor, Stream], outcome: Outcome) -> None:

@@ -338,12 +338,28 @@ def test_of_two_places_the_other_gets_everything(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_record_that_no_place_takes_is_its_monitors_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    picky, whole = Broken(TypeError("no such picture"), only="filters"), MemorySink()
-    monkeypatch.setitem(TRAINER, "logger", loggers(picky, whole))
+    picky, other = (Broken(TypeError("no such picture"), only="filters") for _ in range(2))
+    monkeypatch.setitem(TRAINER, "logger", loggers(picky, other))
     with pytest.warns(UserWarning, match="FilterMonitor failed and is disabled") as caught:
         fit([FilterMonitor(), NormMonitor()])
     assert len(disabled(caught)) == 1
-    assert steps(picky, "norms/weight") == steps(whole, "norms/weight") == [0, 2, 5]
+    assert steps(picky, "norms/weight") == steps(other, "norms/weight") == [0, 2, 5]
+
+
+@pytest.mark.parametrize("where", ["write", "flush"])
+def test_a_place_that_refuses_what_another_takes_is_dropped(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def refuse(*args: Any) -> None:
+        raise RuntimeError("no bucket today")
+
+    picky, whole = MemorySink(), MemorySink()
+    monkeypatch.setattr(picky, where, refuse)
+    monkeypatch.setitem(TRAINER, "logger", loggers(picky, whole))
+    module = Net()
+    with pytest.warns(UserWarning, match="the other loggers get everything") as caught:
+        fit([FilterMonitor(), NormMonitor()], module)
+    assert len([each for each in caught if "no bucket today" in str(each.message)]) == 1
+    assert steps(whole, "norms/weight") == steps(whole, "filters/net.0") == [0, 2, 5]
+    assert module.trained == 6
 
 
 def test_a_writer_that_somebody_closed(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from lightning_interp import (
     WeightHistogramMonitor,
     default_monitors,
 )
-from lightning_interp.sinks import MemorySink
+from lightning_interp.callbacks import MeasureMonitor, ProbeMonitor, WeightMonitor
+from lightning_interp.sinks import MemorySink, Scalar
 from tests.helpers.runs import Items, Net, body, dataset, fit, loader, make_trainer
 
 
@@ -177,3 +178,77 @@ def test_a_failure_that_is_no_misuse_does_not_end_the_run(memory: MemorySink) ->
     with pytest.warns(UserWarning, match="too little memory"):
         fit([CAMMonitor(method=method)], model)
     assert model.trained == 6
+
+
+# ---- Monitors of one's own.
+
+
+def test_a_class_that_lacks_something_is_refused_at_once(memory: MemorySink) -> None:
+    class Silent(WeightMonitor):
+        kind = "silent"
+
+        def capture(self, module: nn.Module, step: int) -> None:
+            return None
+
+    class Kindless(Silent):
+        kind = None  # type: ignore[assignment]
+
+    class Bare(MeasureMonitor):
+        kind = "bare"
+
+        def __init__(self) -> None:
+            pass
+
+    for monitor, words in (
+        (Silent, "Silent lacks records"),
+        (Kindless, "Kindless lacks kind"),
+        (Bare, r"Bare.__init__ does not call super\(\).__init__"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            fit([monitor()])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([{"a": 1}], "yield Picture, Scalar, .* got dict"),
+        (None, "must return or yield records, got NoneType"),
+        (Scalar("a/b", 1.0), "must return or yield records, got Scalar"),
+    ],
+)
+def test_what_is_no_record_is_named(memory: MemorySink, given: Any, words: str) -> None:
+    class Odd(WeightMonitor):
+        kind = "odd"
+
+        def capture(self, module: nn.Module, step: int) -> None:
+            return None
+
+        def records(self, data: Any, step: int) -> Any:
+            return given
+
+    with pytest.warns(UserWarning, match=words):
+        fit([Odd()], max_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "words"),
+    [
+        ("needs", ["net.3"], "needs\\(\\) must return Needs"),
+        ("outputs", torch.zeros(2), "outputs\\(\\) must return named tensors"),
+        ("outputs", {"a": torch.zeros(3)}, "returned 3 rows of 'a', expected 1"),
+    ],
+)
+def test_what_a_probe_monitor_returns_is_checked(memory: MemorySink, method: str, given: Any, words: str) -> None:
+    class Odd(ProbeMonitor):
+        kind = "odd"
+
+        def outputs(self, trace: Any, labels: Any) -> Any:
+            return {"a": trace.logits}
+
+        def draw(self, outputs: Any, probe: Any) -> Any:
+            return ()
+
+    monitor = Odd(probe=1)
+    setattr(monitor, method, lambda *args: given)
+    with pytest.raises(ConfigurationError, match=words):
+        fit([monitor], max_epochs=1)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torchmetrics import SumMetric
 
+from lightning_interp import ConfigurationError
 from lightning_interp.callbacks import StreamMonitor
 from lightning_interp.sinks import MemorySink, Scalar
 from tests.helpers.runs import Log, Net, Stream, dataset, fit, loader, make_trainer, seed, steps
@@ -164,9 +166,38 @@ def test_single_images_cannot_be_read_of_a_stream(memory: MemorySink) -> None:
         run(Counting(), val=loader(Stream(8)), max_epochs=1)
 
 
-def test_a_layer_that_does_not_exist(memory: MemorySink) -> None:
-    with pytest.warns(UserWarning, match="no layer 'net.33'"):
-        run(Counting("net.33"), max_epochs=1)
+@pytest.mark.parametrize(
+    ("layer", "words"), [("net.33", "no layer 'net.33'"), (3, "must return a list of dotted names")]
+)
+def test_a_layer_that_does_not_exist_is_refused_before_training(memory: MemorySink, layer: Any, words: str) -> None:
+    module = Frozen()
+    with pytest.raises(ConfigurationError, match=words):
+        run(Counting(layer), module, max_epochs=1)
+    assert module.trained == 0
+
+
+@pytest.mark.parametrize("where", ["begin", "finish", "scalars"])
+def test_what_a_method_returns_is_checked(memory: MemorySink, where: str) -> None:
+    monitor = Counting()
+    setattr(monitor, where, lambda *args: None)
+    with pytest.warns(
+        UserWarning,
+        match={"begin": "Metric or MetricCollection", "finish": "None as a result"}.get(
+            where, "scalars\\(\\) takes numbers by name"
+        ),
+    ):
+        _, epochs, _ = run(monitor, max_epochs=1)
+    assert math.isnan(epochs[0]["total"])
+
+
+def test_numbers_are_plain_floats_in_checkpoints(memory: MemorySink) -> None:
+    class Numpy(Counting):
+        def scalars(self, result: Any) -> Any:
+            return {"total": np.float64(result["total"])}
+
+    monitor = Numpy(on_error="raise")
+    run(monitor, max_epochs=1)
+    assert type(monitor.state_dict()["scalars"]["total"]) is float
 
 
 def test_a_result_can_end_the_training(memory: MemorySink) -> None:
