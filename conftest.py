@@ -30,18 +30,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Group the tests that start processes on one worker, first, and select the tests of ``--quick``."""
+    """Refuse ids that differ between workers, and select the tests of ``--quick``."""
     for item in items:
         if " at 0x" in item.nodeid:
             raise pytest.UsageError(f"an address in a test id differs between workers; give it ids: {item.nodeid}")
-        if item.get_closest_marker("distributed"):
-            item.add_marker(pytest.mark.xdist_group("processes"))
     if config.getoption("quick"):
         quick = _spread(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in quick])
         items[:] = [item for item in items if item in quick]
-    # The longest group starts first, so that the other workers are not idle at the end.
-    items.sort(key=lambda item: item.get_closest_marker("distributed") is None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -165,7 +165,6 @@ def all_of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-@pytest.mark.xdist_group("matrix on two")
 @pytest.mark.parametrize("setting", TWO_PROCESSES)
 def test_two_processes_train_the_same_with_monitors(slice_of_two: dict[str, Any], setting: str) -> None:
     check_ranks(slice_of_two, setting, "default_monitors")
@@ -173,7 +172,6 @@ def test_two_processes_train_the_same_with_monitors(slice_of_two: dict[str, Any]
 
 @pytest.mark.distributed
 @pytest.mark.matrix
-@pytest.mark.xdist_group("matrix on two")
 @pytest.mark.parametrize("watched", WATCHED)
 @pytest.mark.parametrize("setting", TWO_PROCESSES)
 def test_two_processes_train_the_same_with_each_monitor(all_of_two: dict[str, Any], setting: str, watched: str) -> None:

@@ -43,6 +43,10 @@ class TensorBoardSink(Sink):
         # tensorboardX has the same methods, but messages of its own.
         modules = {base.__module__ for base in type(writer).__mro__}
         self._takes_summaries = "torch.utils.tensorboard.writer" in modules and hasattr(writer, "_get_file_writer")
+        if self._takes_summaries:
+            # A writer that was closed by an earlier run opens its next file at the first record; two threads would open
+            # two, of which TensorBoard reads one.
+            writer._get_file_writer()
 
     @classmethod
     def for_logger(cls, logger: object) -> Self | None:

@@ -686,7 +686,6 @@ def two(folder: Path, scene: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.distributed
-@pytest.mark.xdist_group("finetuning")
 @pytest.mark.parametrize("scene", ["unfreezes", "resumes"])
 def test_two_processes_train_what_one_trains(folder: Path, scene: str, tmp_path: Path) -> None:
     first, second = two(folder, scene)

@@ -174,3 +174,14 @@ def test_memory_keeps_what_was_written_in_order() -> None:
     sink.close()
     assert [step for step, _ in sink.records] == [0, 1]
     assert [record for _, record in sink.records] == records
+
+
+def test_a_closed_writer_is_opened_before_threads_use_it(tmp_path: Path) -> None:
+    writer = SummaryWriter(str(tmp_path))
+    writer.close()
+    sink = TensorBoardSink(writer)
+    assert writer.file_writer is not None
+    sink.write(picture("cam/gradcam"), step=1)
+    sink.flush()
+    writer.close()
+    assert [event.step for event in read_events(tmp_path).Images("cam/gradcam")] == [1]

@@ -746,7 +746,6 @@ def looks_in(folder: Path, tag: str) -> list[int]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.xdist_group("signals")
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_signal_leaves_readable_logs(ended: Any, name: str) -> None:
     folder, codes = ended

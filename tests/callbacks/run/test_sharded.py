@@ -24,7 +24,6 @@ from tests.helpers.processes import HELPERS, finish, play, start
 from tests.helpers.runs import TRAINER, Net, fit, read_events
 
 pytestmark = [
-    pytest.mark.xdist_group("sharded"),
     pytest.mark.distributed,
     pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated"),
 ]

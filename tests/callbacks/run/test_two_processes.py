@@ -15,7 +15,7 @@ from tests.helpers import two_processes
 from tests.helpers.processes import HELPERS, play
 from tests.helpers.runs import TRAINER, read_events
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("two processes")]
+pytestmark = pytest.mark.distributed
 PICTURES = {"cam/gradcam", "saliency/saliency", "filters/net.0"}
 
 
