@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TypeVar, overload
 
@@ -81,8 +82,7 @@ def sinks_for(loggers: Iterable[object]) -> list[Sink]:
     """
     sinks = []
     for logger in loggers:
-        candidates = (sink_class.for_logger(logger) for sink_class in _classes)
-        sink = next((candidate for candidate in candidates if candidate is not None), None)
+        sink = next((sink for sink_class in _classes if (sink := _try(sink_class, logger)) is not None), None)
         if sink is None:
             continue
         if not isinstance(sink, Sink):
@@ -91,3 +91,15 @@ def sinks_for(loggers: Iterable[object]) -> list[Sink]:
             )
         sinks.append(sink)
     return sinks
+
+
+def _try(sink_class: type[Sink], logger: object) -> Sink | None:
+    try:
+        return sink_class.for_logger(logger)
+    except Exception as error:
+        warnings.warn(
+            f"{sink_class.__name__}.for_logger failed for {type(logger).__name__}, which gets no records from it: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        return None

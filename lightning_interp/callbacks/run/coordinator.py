@@ -31,7 +31,7 @@ __all__ = ["Coordinator"]
 class Coordinator(Callback):
     """Runs the monitors of one Trainer during one run, from ``setup`` to ``teardown`` or an exception.
 
-    It stands in ``trainer.callbacks`` at the first monitor's position while the run lasts, has no state in checkpoints,
+    It stands in ``trainer.callbacks`` behind the first monitor while the run lasts, has no state in checkpoints,
     and a copy of it (in a Trainer that is pickled or deep-copied during the run) does nothing. Its hooks come at the
     same moments on every rank, and none communicates unless a monitor is due.
 
@@ -65,12 +65,17 @@ class Coordinator(Callback):
     @classmethod
     def attach(cls, trainer: Trainer, stage: str) -> None:
         """Put a coordinator into a Trainer's callbacks, unless it has one that runs."""
-        callbacks: list[Any] = [each for each in trainer.callbacks if not isinstance(each, _Copy)]  # type: ignore[attr-defined]
-        if stage == "predict" or any(isinstance(callback, cls) for callback in callbacks):
-            return
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         monitors = [callback for callback in callbacks if isinstance(callback, Monitor)]
-        callbacks.insert(callbacks.index(monitors[0]), cls(trainer, monitors))
-        trainer.callbacks = callbacks  # type: ignore[attr-defined] # a new list: Lightning iterates over the live one
+        if stage == "predict" or any(isinstance(each, cls) and each.monitors == monitors for each in callbacks):
+            return
+        for callback in [callback for callback in callbacks if isinstance(callback, (cls, _Copy))]:
+            # Left where another callback raised in on_exception, or in a copied Trainer.
+            if isinstance(callback, cls):
+                callback.output.close()
+            callbacks.remove(callback)
+        # In place, behind the first monitor: Lightning iterates over this list, and others may hold it.
+        callbacks.insert(callbacks.index(monitors[0]) + 1, cls(trainer, monitors))
 
     def __reduce__(self) -> tuple[type[_Copy], tuple[()]]:
         return _Copy, ()

@@ -26,7 +26,7 @@ from lightning_interp.model.hooks import HookPoint, tap
 from lightning_interp.model.layout import to_grid
 from lightning_interp.model.locate import unwrap_compiled
 from lightning_interp.model.outputs import first_tensor, output_logits
-from lightning_interp.model.preserve import preserve_state
+from lightning_interp.model.preserve import isolate_rng, preserve_state
 from lightning_interp.model.trace import LayerSpec
 
 __all__ = ["Stream", "stream_layers"]
@@ -56,7 +56,8 @@ class Stream:
         self._probe_pass = probe_pass
         self._indices: SampleIndices | None = None
         self._loader = loader
-        with torch.inference_mode(False):  # trainer.validate runs in it, and none of its tensors can be added to
+        # Not in trainer.validate's inference mode: none of its tensors can be added to.
+        with torch.inference_mode(False), isolate_rng():
             self._state = monitor.begin(module, runner.device)
         if not isinstance(self._state, (Metric, MetricCollection)):
             raise TypeError(
@@ -83,19 +84,21 @@ class Stream:
             return
         layers = stream_layers(self._monitor, module)
         is_tapped = bool(layers) and not self._runner.is_collective and not _is_compiled(module)
-        if not is_tapped:
-            images = images.clone()  # the step may change them in place, before passes of our own
+        images = images.clone()  # the step may change them in place
         indices, counts = (None, [True] * len(images)) if items is None else items
         self._batch = self._stream_batch(module, images, labels, annotations, indices, tuple(counts))
         if is_tapped:
-            points = self._points(module, layers, images)
             # A function cannot be tapped in a step: its activations are read by a pass of their own.
-            modules = {str(number): point.module for number, point in enumerate(points.values()) if point.module}
+            points = {
+                str(number): (layer, point.module)
+                for number, (layer, point) in enumerate(self._points(module, layers, images).items())
+                if point.module is not None
+            }
 
             def keep(number: str, module: nn.Module, output: Any) -> None:
-                self._keep(len(images), layers[int(number)], output)
+                self._keep(len(images), points[number][0], output)
 
-            self._taps.enter_context(tap(modules, keep))
+            self._taps.enter_context(tap({number: module for number, (_, module) in points.items()}, keep))
 
     def after_batch(self, module: LightningModule, outputs: Any) -> None:
         """Update the state by the batch."""
@@ -119,7 +122,7 @@ class Stream:
 
     def compute(self) -> Any:
         """The result of all ranks, each of which must ask."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), isolate_rng():
             return self._monitor.compute(self._state)
 
     def stop(self) -> None:
@@ -127,7 +130,7 @@ class Stream:
         self._taps.close()
 
     def _update(self, batch: StreamBatch) -> None:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), isolate_rng():
             self._monitor.update(self._state, batch)
 
     def _stream_batch(

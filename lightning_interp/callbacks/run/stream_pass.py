@@ -62,7 +62,8 @@ class StreamPass:
         self._probes = probes
         self._probe_pass = probe_pass
         self._scalars = scalars
-        self._streams: dict[StreamMonitor, Stream] = {}
+        self._due: list[StreamMonitor] = []  # in this pass, the same on every rank
+        self._streams: dict[StreamMonitor, Stream] = {}  # of those whose state could be made
 
     def check(self, module: LightningModule) -> None:
         """Refuse layers that do not exist, and monitors of annotations where no images are known to have any."""
@@ -79,9 +80,10 @@ class StreamPass:
         self.stop()
         self._streams = {}
         loader = streamed_loader(self._trainer)
-        for monitor in self._failures.active(self._monitors):
-            if self._scalars.is_due(monitor):
-                self._scalars.mark_due(monitor)
+        self._due = [each for each in self._failures.active(self._monitors) if self._scalars.is_due(each)]
+        for monitor in self._due:
+            self._scalars.mark_due(monitor)
+            if not self._failures.has_failed(monitor):
                 with self._failures.noting(monitor):
                     self._streams[monitor] = Stream(monitor, module, loader, self._runner, self._probe_pass)
 
@@ -104,8 +106,8 @@ class StreamPass:
         """
         self.stop()
         streams, self._streams = self._streams, {}
-        active = self._failures.active(streams)
-        outcome = self._computed(module, {monitor: streams[monitor] for monitor in active}) if active else Outcome()
+        due, self._due = self._failures.active(self._due), []
+        outcome = self._computed(module, due, streams) if due else Outcome()
         for monitor in self._monitors:
             self._scalars.log(module, monitor, outcome.scalars.get(monitor, {}), suffix)
         return outcome
@@ -127,10 +129,13 @@ class StreamPass:
             if errors:
                 reset_fsdp_state(module.modules())
 
-    def _computed(self, module: LightningModule, streams: Mapping[StreamMonitor, Stream]) -> Outcome:
+    def _computed(
+        self, module: LightningModule, due: Sequence[StreamMonitor], streams: Mapping[StreamMonitor, Stream]
+    ) -> Outcome:
         """The results of those monitors that failed on no rank; all ranks take the same steps together."""
-        outcome = Outcome(errors=self._failures.noted(streams))
+        outcome = Outcome(errors=self._failures.noted(due))
         self._failures.gather(outcome.errors)
+        streams = {monitor: streams[monitor] for monitor in due if monitor not in outcome.errors}
         self._compute(streams, outcome)
         missing = [each for each in streams if each not in outcome.errors and outcome.values[each] is None]
         for monitor in [each for each in missing if each.uses_annotations]:
@@ -150,13 +155,13 @@ class StreamPass:
                     result = outcome.call(monitor, finish)
                     outcome.conclude(monitor, result)
         self._failures.sync(outcome.errors)
-        outcome.share_stop_reasons(list(streams), self._ranks)
+        outcome.share_stop_reasons(due, self._ranks)
         return outcome.without_failures()
 
     def _compute(self, streams: Mapping[StreamMonitor, Stream], outcome: Outcome) -> None:
         for monitor, stream in streams.items():
-            if monitor not in outcome.errors:
-                outcome.values[monitor] = outcome.call(monitor, stream.compute)
+            outcome.values[monitor] = outcome.call(monitor, stream.compute)
+        self._failures.gather(outcome.errors)
 
     def _stream_probe(self, module: LightningModule, monitor: StreamMonitor, stream: Stream) -> None:
         """Stream this rank's share of the probe."""

@@ -39,12 +39,12 @@ class Listing(pl.Callback):
         self.take("epoch end", trainer)
 
 
-def test_it_stands_at_the_first_monitors_position_and_goes(memory: MemorySink, tmp_path: Path) -> None:
+def test_it_stands_behind_the_first_monitor_and_goes(memory: MemorySink, tmp_path: Path) -> None:
     listing, checkpoint = Listing(), ModelCheckpoint(dirpath=tmp_path)
     trainer = fit([listing, FilterMonitor(), checkpoint, NormMonitor()], enable_checkpointing=True)
-    during = ["Listing", "Coordinator", "FilterMonitor", "NormMonitor", "ModelCheckpoint"]
-    assert listing.names == {"setup": during[:1] + during[2:], "fit start": during, "epoch end": during}
-    assert [type(callback).__name__ for callback in trainer.callbacks] == during[:1] + during[2:]
+    during = ["Listing", "FilterMonitor", "Coordinator", "NormMonitor", "ModelCheckpoint"]
+    assert listing.names == {"setup": during[:2] + during[3:], "fit start": during, "epoch end": during}
+    assert [type(callback).__name__ for callback in trainer.callbacks] == during[:2] + during[3:]
     saved = torch.load(checkpoint.best_model_path, weights_only=False)["callbacks"]
     assert not any("Coordinator" in key for key in saved)
 
@@ -174,3 +174,39 @@ def test_kinds_of_monitors_are_classes() -> None:
         *({WeightMonitor, StepMonitor}, {WeightMonitor, StepMonitor}),
     ]
     assert {kind for kind in kinds if issubclass(LocalizationMonitor, kind)} == {ProbeMonitor, StreamMonitor}
+
+
+def test_callbacks_that_others_add_get_their_hooks(memory: MemorySink) -> None:
+    class Adding(pl.Callback):
+        def __init__(self) -> None:
+            self.early, self.late = Listing(), Listing()
+
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            self.held = trainer.callbacks
+            self.held.append(self.early)
+
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            self.held.append(self.late)
+
+    adding = Adding()
+    fit([adding, FilterMonitor()], max_epochs=1)
+    assert list(adding.early.names) == ["setup", "fit start", "epoch end"]
+    assert list(adding.late.names) == ["fit start", "epoch end"]
+
+
+def test_a_coordinator_that_was_left_behind_is_replaced(memory: MemorySink) -> None:
+    class Rash(pl.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise RuntimeError("no training today")
+
+        def on_exception(self, *args: Any) -> None:
+            raise ValueError("no end today")
+
+    trainer = make_trainer([Rash(), FilterMonitor()], max_epochs=1)
+    with pytest.raises(ValueError, match="no end today"):
+        trainer.fit(Net(), loader(dataset()), loader(dataset(8)))
+    trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, Rash)]
+    trainer.callbacks.append(FilterMonitor(name="second"))
+    trainer.fit(Net(), loader(dataset()), loader(dataset(8)))
+    assert steps(memory, "filters-second/net.0")
+    assert not any(isinstance(callback, Coordinator) for callback in trainer.callbacks)

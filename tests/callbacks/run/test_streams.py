@@ -15,7 +15,19 @@ from torchmetrics import SumMetric
 from lightning_interp import ConfigurationError
 from lightning_interp.callbacks import StreamMonitor
 from lightning_interp.sinks import MemorySink, Scalar
-from tests.helpers.runs import Log, Net, Stream, dataset, fit, loader, make_trainer, seed, steps
+from tests.helpers.runs import (
+    Log,
+    Net,
+    Stream,
+    dataset,
+    differences,
+    fingerprint,
+    fit,
+    loader,
+    make_trainer,
+    seed,
+    steps,
+)
 
 IMAGES, LABELS = dataset(10).tensors
 
@@ -261,3 +273,34 @@ def test_images_may_be_of_another_dtype(memory: MemorySink) -> None:
 
     _, epochs, module = run(Counting(on_error="raise"), Doubled())
     assert epochs[0]["total"] == pytest.approx(expected(module), rel=1e-5)
+
+
+def test_images_are_those_that_entered_the_step(memory: MemorySink) -> None:
+    class Changing(Frozen):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch[0].mul_(3))
+
+    monitor = Counting(on_error="raise")
+    run(monitor, Changing(), max_epochs=1, num_sanity_val_steps=0)
+    assert torch.equal(torch.cat([batch.images for batch in monitor.batches]), IMAGES)
+
+
+def test_a_layer_that_is_named_twice_is_itself(memory: MemorySink) -> None:
+    class Twice(Counting):
+        def layers(self, module: nn.Module) -> list[Any]:
+            return [self.layer, self.layer, "net.0"]
+
+    _, epochs, module = run(Twice(on_error="raise"), max_epochs=1)
+    assert epochs[0]["total"] == pytest.approx(expected(module), rel=1e-5)
+
+
+def test_random_numbers_of_an_update_leave_the_training_alone(memory: MemorySink) -> None:
+    class Drawing(Counting):
+        def update(self, state: Any, batch: Any) -> None:
+            torch.rand(3)
+            super().update(state, batch)
+
+    seed()
+    alone = fingerprint(fit([], Net()))
+    seed()
+    assert differences(alone, fingerprint(fit([Drawing(on_error="raise")], Net()))) == []
